@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Both make .venv first.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint format wheel-test readme-test clean
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/python -m kpx demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest tests
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The README's Python blocks, run as they stand.
+readme-test: .venv/.installed
+	$(BIN)/python -m tests.readme
+
+# The tests against the built wheel, from a folder where the checkout cannot be imported.
+wheel-test: .venv/.installed
+	rm -rf build dist .venv-wheel /tmp/kpx-wheel-test
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[test]"
+	mkdir -p /tmp/kpx-wheel-test
+	cp -r tests bench pyproject.toml /tmp/kpx-wheel-test/
+	cd /tmp/kpx-wheel-test && $(CURDIR)/.venv-wheel/bin/pytest tests -m "not models" -p no:cacheprovider
+
+clean:
+	rm -rf build dist .venv .venv-wheel *.egg-info

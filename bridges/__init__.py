@@ -1,0 +1,1 @@
+"""Front ends: how a model of each framework becomes a JAX function."""

@@ -1,0 +1,181 @@
+"""flax models: nnx modules, which hold their weights, and linen modules, bound or not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as linen
+import jax
+from flax import nnx
+
+from kpx.config import Config
+from kpx.errors import InputError, UnsupportedError
+from kpx.runtime.build import ModelProgram
+from kpx.runtime.compiled import Compiled
+from kpx.targets.target import Target
+
+
+def accepts(model: Any) -> bool:
+    """Whether this bridge takes a model."""
+    return isinstance(model, (nnx.Module, linen.Module))
+
+
+def optimize(
+    model: Any,
+    example_inputs: Sequence | None,
+    example_kwargs: Mapping[str, Any] | None,
+    target: Target,
+    config: Config,
+) -> Callable:
+    """See `kpx.optimize`. An unbound linen module gives `kpx.jit(model.apply)`."""
+    if isinstance(model, linen.Module) and model.scope is None:
+        from kpx.api import jit
+
+        return jit(functools.wraps(model.apply)(lambda *args, **kwargs: model.apply(*args, **kwargs)),
+                   target=target.platform, config=config)  # fmt: skip
+    optimized = OptimizedModel(model, target, config)
+    if example_inputs is not None or example_kwargs is not None:
+        inputs = () if example_inputs is None else example_inputs
+        optimized.compile_for(inputs, example_kwargs or {})
+    return optimized
+
+
+def compile(model: Any, args: Sequence, kwargs: Mapping[str, Any], target: Target, config: Config) -> Compiled:
+    """See `kpx.compile`."""
+    if isinstance(model, linen.Module) and model.scope is None:
+        from kpx.api import compile as compile_function
+
+        return compile_function(model.apply, *args, target=target.platform, config=config, **kwargs)
+    return OptimizedModel(model, target, config).compile_for(args, kwargs)
+
+
+class OptimizedModel:
+    """A flax model whose call runs as a compiled program over the model's own weights.
+
+    Inputs are pytrees of arrays. Weights that the model is given later are seen: JAX arrays never change, so
+    a weight has changed where another array stands in its place.
+    """
+
+    def __init__(self, model: Any, target: Target, config: Config):
+        self._model, self._target, self._config = model, target, config
+        self._programs: dict[Any, tuple[ModelProgram, Any]] = {}
+        self._loaded: dict[Any, list[Any]] = {}
+        functools.update_wrapper(self, type(model).__call__, updated=())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def __call__(self, *args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self._model(*args, **kwargs)
+        key = self._key(leaves, tree)
+        if key not in self._programs:
+            self.compile_for(args, kwargs)
+        program, out_tree = self._programs[key]
+        weights = jax.tree.leaves(self._split()[1])
+        loaded = self._loaded.get(key)
+        if loaded is None or len(loaded) != len(weights) or any(a is not b for a, b in zip(loaded, weights, strict=True)):
+            program.load([_raw(w) for w in weights])
+            self._loaded[key] = weights
+        return jax.tree.unflatten(out_tree, program.run(*(_raw(_array(leaf)) for leaf in leaves)))
+
+    def compile_for(self, args: Sequence, kwargs: Mapping[str, Any]) -> Compiled:
+        """Compiles for inputs (arrays or structs) now."""
+        leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
+        for leaf in leaves:
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+                raise InputError(
+                    f"An argument of type `{type(leaf).__qualname__}` was given. Pass arrays, numbers, and pytrees of them."
+                )
+        avals = [jax.typeof(_array(leaf)) for leaf in leaves]
+        definition, weights = self._split()
+        flat_weights, weights_tree = jax.tree.flatten(weights)
+        out_trees = []
+
+        def function(raw_weights, raw_inputs):
+            weight_leaves = [_like(raw, w) for raw, w in zip(raw_weights, flat_weights, strict=True)]
+            merged = self._merge(definition, jax.tree.unflatten(weights_tree, weight_leaves))
+            input_leaves = [_like(raw, a) for raw, a in zip(raw_inputs, avals, strict=True)]
+            given_args, given_kwargs = jax.tree.unflatten(tree, input_leaves)
+            outputs, changed = merged(*given_args, **given_kwargs)
+            _refuse_changes(weights_tree, weight_leaves, changed)
+            flat, out_tree = jax.tree.flatten(outputs)
+            out_trees.append(out_tree)
+            return flat
+
+        raw_weights = [_raw(w) for w in flat_weights]
+        program = ModelProgram(function, raw_weights, [_raw_struct(a) for a in avals], self._target, self._config)
+        key = self._key(leaves, tree)
+        self._programs[key] = program, out_trees[0]
+        program.load(raw_weights)
+        self._loaded[key] = flat_weights
+        compiled = program.compiled
+        compiled._call = functools.partial(self._call_exactly, key)
+        return compiled
+
+    def _call_exactly(self, key: Any, *args, **kwargs):
+        if self._key(*jax.tree.flatten((args, kwargs))) != key:
+            raise InputError(
+                "The arguments' shapes or dtypes are not those this was compiled for. Call it with the same, or use "
+                "`kpx.optimize(model)`, which compiles anew."
+            )
+        return self(*args, **kwargs)
+
+    def _key(self, leaves: Sequence[Any], tree: Any) -> Any:
+        kinds = tuple((a.shape, a.dtype) for a in map(jax.typeof, map(_array, leaves)))
+        mode = nnx.graphdef(self._model) if isinstance(self._model, nnx.Module) else None
+        return kinds, tree, mode
+
+    def _split(self) -> tuple[Any, Any]:
+        if isinstance(self._model, nnx.Module):
+            return nnx.split(self._model)
+        return self._model.unbind()
+
+    def _merge(self, definition: Any, weights: Any) -> Callable:
+        """The model over other weights: `(*args) -> (outputs, the weights after the call)`."""
+        if isinstance(self._model, nnx.Module):
+
+            def call(*args, **kwargs):
+                model = nnx.merge(definition, weights)
+                outputs = model(*args, **kwargs)
+                return outputs, jax.tree.leaves(nnx.split(model)[1])
+
+            return call
+        return lambda *args, **kwargs: (definition.apply(weights, *args, **kwargs), jax.tree.leaves(weights))
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jax.numpy.asarray(leaf)
+
+
+def _is_key(array: Any) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _raw(array: Any) -> Any:
+    """An array that an executable takes: a random key as the integers it is made of."""
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _raw_struct(aval: Any) -> jax.ShapeDtypeStruct:
+    struct = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.eval_shape(_raw, struct) if _is_key(aval) else struct
+
+
+def _like(raw: Any, original: Any) -> Any:
+    """`_raw` undone, for what stood where `original` did."""
+    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(original)) if _is_key(original) else raw
+
+
+def _refuse_changes(tree: Any, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Raises where the model wrote to its state, which would be lost."""
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(tree, before))]
+    changed = [path for path, a, b in zip(paths, before, after, strict=True) if a is not b]
+    if changed:
+        raise UnsupportedError(
+            f"The model changes its state as it runs ({', '.join(changed[:5])}), which kpx.optimize does not support "
+            "yet. Call `model.eval()` first, or use `kpx.jit` over a function of the state."
+        )

@@ -1,0 +1,77 @@
+"""A PyTorch module as an exported, functional graph of ops that kpx keeps whole."""
+
+from __future__ import annotations
+
+import pathlib
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
+from kpx.bridges.torch.registry import RULES
+from kpx.errors import CaptureError
+
+
+def capture(model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    """Exports a model for the shapes of its example inputs.
+
+    In-place ops become functional ones; ops with a lowering rule stay whole, others are decomposed
+    towards core ATen.
+
+    Raises:
+        CaptureError: the model's Python depends on values of its tensors, or export refused it.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+            return program.run_decompositions(_decompositions())
+    except Exception as error:  # torch.export raises dozens of types, RuntimeError among them
+        raise CaptureError(_explained(model, error)) from error
+
+
+def _decompositions() -> dict:
+    table = torch.export.default_decompositions()
+    for op in RULES:
+        if isinstance(op, torch._ops.OpOverload):
+            table.pop(op, None)
+    return table
+
+
+def _explained(model: torch.nn.Module, error: Exception) -> str:
+    name = type(model).__name__
+    line = _models_own_line(error)
+    where = f"\n  at {line}" if line else ""
+    text = str(error)
+    if "data-dependent" in text or "GuardOnDataDependent" in type(error).__name__ or ".item()" in text:
+        return (
+            f"`{name}` decides in Python by the value of a tensor, which a compiled graph cannot do:{where}\n"
+            "Rewrite it with `torch.where` or `torch.cond`, or compile the parts before and after it apart."
+        )
+    if "not a known type" in text and "output" in text:
+        return (
+            f"`{name}` returns an object that PyTorch cannot flatten: {text.split('. ')[0]}.\n"
+            "Register it with `torch.utils._pytree.register_pytree_node`, or have the model return tensors "
+            "(for a cache: pass `use_cache=False`)."
+        )
+    return (
+        f"torch.export could not capture `{name}`:{where}\n  {type(error).__name__}: {text.strip()[:2000]}\n"
+        "See torch.export's documentation for what a model may do, or compile a part of it."
+    )
+
+
+def _models_own_line(error: BaseException) -> str | None:
+    """The innermost line of the traceback that is not PyTorch's or ours."""
+    ours = pathlib.Path(__file__).resolve().parents[1]
+    torchs = pathlib.Path(torch.__file__).resolve().parent
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            path = pathlib.Path(frame.filename)
+            if path.suffix == ".py" and torchs not in path.parents and ours not in path.parents:
+                return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+        cause = cause.__cause__ or cause.__context__
+    return None

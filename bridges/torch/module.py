@@ -1,0 +1,216 @@
+"""An optimized `torch.nn.Module`: the user's own model, run by a compiled program."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import torch
+from torch.utils import _pytree as pytree
+
+from kpx.bridges.torch.capture import capture
+from kpx.bridges.torch.dtypes import to_jax, to_torch
+from kpx.bridges.torch.interpret import as_jax_function, weight_names
+from kpx.bridges.torch.tensors import LiveWeights, plain, to_array, to_tensor
+from kpx.config import Config
+from kpx.errors import InputError
+from kpx.runtime.build import ModelProgram
+from kpx.runtime.compiled import Compiled
+from kpx.targets.target import Target
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass
+class _Entry:
+    """A compiled signature."""
+
+    program: ModelProgram
+    weights: LiveWeights
+    tensor_positions: list[int]
+    outputs: list[Any]
+    spec: pytree.TreeSpec
+    device: jax.Device
+
+    def load(self) -> None:
+        prepared = [] if self.program.prepare_weights is None else self.program.prepare_weights
+        self.program.load(self.weights.read(self.device, prepared))
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        if self.weights.changed():
+            self.load()
+        arrays = self.program.run(*[to_array(leaves[i], self.device) for i in self.tensor_positions])
+        results = [to_tensor(a) if p is _TENSOR else p for a, p in zip(arrays, self.outputs, strict=True)]
+        return pytree.tree_unflatten(results, self.spec)
+
+
+_TENSOR = object()
+
+
+class OptimizedModule(torch.nn.Module):
+    """A model whose forward pass runs as a compiled program; everything else is the model's own.
+
+    Parameters, buffers, submodules and hooks of `state_dict` are the model's, under the same names: what
+    is loaded or updated through either is seen by both. A new signature (shapes, dtypes, constants,
+    training mode) is compiled at its first call. The outputs carry no gradient.
+    """
+
+    def __init__(self, model: torch.nn.Module, target: Target, config: Config):
+        super().__init__()
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks",
+                  "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
+        for name in shared:
+            if name in model.__dict__:
+                self.__dict__[name] = model.__dict__[name]
+        self.__dict__["_model"] = model
+        self.__dict__["_target"] = target
+        self.__dict__["_config"] = config
+        self.__dict__["_entries"] = {}
+        self.__dict__["_lock"] = threading.Lock()
+        self.training = model.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def __repr__(self):
+        return f"kpx.optimize({self._model!r})"
+
+    def forward(self, *args, **kwargs):
+        """The model's outputs, in the model's own structure.
+
+        Raises:
+            InputError: an argument is not a tensor on this target's device, or a constant.
+            CaptureError: a new signature, and the model could not be captured for it.
+            UnsupportedError: a new signature, and the model uses ops that have no lowering rule.
+        """
+        leaves, key = _flatten(args, kwargs)
+        entry = self._entries.get((key, self.training))
+        if entry is None:
+            entry = self._compile(args, kwargs, (key, self.training))
+        return entry(leaves)
+
+    def compile_for(self, args: Sequence, kwargs: Mapping[str, Any]) -> Compiled:
+        """Compiles a signature now. Calling the result with another one is an `InputError`."""
+        leaves, key = _flatten(tuple(args), dict(kwargs))
+        entry = self._entries.get((key, self.training)) or self._compile(args, kwargs, (key, self.training))
+        wanted = [leaves[i] for i in entry.tensor_positions]
+
+        def call(*given_args, **given_kwargs):
+            given, given_key = _flatten(given_args, given_kwargs)
+            if given_key != key:
+                raise InputError(
+                    f"This was compiled for {_described(leaves)}, and was called with {_described(given)}. "
+                    "Call it with the same shapes and dtypes, or use `kpx.optimize(model)`, which compiles anew."
+                )
+            return entry(given)
+
+        del wanted
+        compiled = entry.program.compiled
+        compiled._call = call
+        return compiled
+
+    def _compile(self, args: Sequence, kwargs: Mapping[str, Any], key: Any) -> _Entry:
+        with self._lock:
+            if (entry := self._entries.get(key)) is not None:
+                return entry
+            entry = _compile(self._model, args, kwargs, self._target, self._config)
+            self._entries[key] = entry
+            return entry
+
+
+def _compile(
+    model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any], target: Target, config: Config
+) -> _Entry:
+    clean_args, clean_kwargs = pytree.tree_map_only(torch.Tensor, plain, (tuple(args), dict(kwargs)))
+    program = capture(model, clean_args, clean_kwargs)
+    function = as_jax_function(program)
+    leaves, _ = pytree.tree_flatten((clean_args, clean_kwargs))
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    outputs = [node if not isinstance(node, torch.fx.Node) else _TENSOR for node in program.graph.output_node().args[0]]
+
+    def tensors_only(weights, inputs):
+        results = function(weights, inputs)
+        return [r if p is _TENSOR else jax.numpy.zeros(()) for r, p in zip(results, outputs, strict=True)]
+
+    names = [name for _, name in weight_names(program)]
+    weights = LiveWeights(model, names, dict(program.constants))
+    structs = [_struct(t) for t in weights.tensors()], [_struct(leaves[i]) for i in positions]
+    built = ModelProgram(tensors_only, *structs, target, config, x64=True)
+    spec = program.call_spec.out_spec
+    entry = _Entry(built, weights, positions, outputs, spec, target.device)
+    entry.load()
+    return entry
+
+
+def _struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), to_jax(tensor.dtype))
+
+
+def _flatten(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments' leaves, and a key of all that a compiled program depends on."""
+    leaves: list[Any] = [*args, *kwargs.values()]
+    parts: list[Any] = [len(args), *kwargs]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            _check(leaf)
+            parts.append(leaf.shape)
+            parts.append(leaf.dtype)
+        elif isinstance(leaf, _CONSTANTS):
+            parts.append((type(leaf), leaf))
+        else:
+            return _flatten_nested(args, kwargs)
+    return leaves, tuple(parts)
+
+
+def _flatten_nested(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    parts: list[Any] = [repr(spec)]
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            _check(leaf)
+            parts.append((leaf.shape, leaf.dtype))
+        elif isinstance(leaf, _CONSTANTS):
+            parts.append((type(leaf), leaf))
+        else:
+            raise InputError(
+                f"An argument of type `{type(leaf).__module__}.{type(leaf).__qualname__}` was given. A model takes "
+                "tensors, constants (bool, int, float, str, None), and lists, tuples and dicts of them; convert it "
+                "with `torch.as_tensor(x)`."
+            )
+    return leaves, tuple(parts)
+
+
+def _check(tensor: torch.Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"A tensor that requires grad was given ({_described([tensor])}), and the optimized model computes no "
+            "gradients. Pass `x.detach()`, or call it under `torch.no_grad()`."
+        )
+    if tensor.device.type != "cpu":
+        plain(tensor)
+
+
+def _described(leaves: Sequence[Any]) -> str:
+    words = [
+        f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+        for x in leaves
+    ]
+    return "(" + ", ".join(words) + ")"
+
+
+def example(spec: Any) -> Any:
+    """A tensor to capture with, for a `jax.ShapeDtypeStruct` or a JAX array; anything else as it is."""
+    if isinstance(spec, torch.Tensor) or not (hasattr(spec, "shape") and hasattr(spec, "dtype")):
+        return spec
+    return torch.zeros(tuple(spec.shape), dtype=to_torch(spec.dtype))

@@ -1,0 +1,231 @@
+"""The front doors: `optimize`, `jit` and `compile`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kpx.bridges import registry
+from kpx.config import Config, resolve
+from kpx.errors import InputError
+from kpx.runtime import jax_internals
+from kpx.runtime.build import compile_lowered, optimize_lowered
+from kpx.runtime.compiled import Compiled
+from kpx.targets.target import Target
+
+
+def optimize(
+    model: Any,
+    *,
+    example_inputs: Sequence | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    target: str | Target | None = None,
+    config: Config | None = None,
+) -> Any:
+    """A faster version of a model or function, with the same interface.
+
+    Args:
+        model: a `torch.nn.Module`, a flax nnx module, a flax linen module, or a JAX function.
+        example_inputs: positional inputs to compile for now; without, each signature is compiled at its
+            first call.
+        example_kwargs: named inputs to compile for now.
+        target: the platform to run on; by default JAX's default device (the CPU for PyTorch models).
+        config: what may be done; `Config()` by default.
+
+    Returns:
+        For a `torch.nn.Module` an `nn.Module` that shares its weights; for a flax module a callable that
+        does; for a JAX function, `kpx.jit` of it.
+
+    Raises:
+        InputError: this is none of those, or an example input is not one.
+        ConfigError, TargetError: `config` or `target` is not one.
+        CaptureError, UnsupportedError: (with example inputs) the model could not be brought over.
+    """
+    config = resolve(config)
+    if (bridge := registry.find(model)) is not None:
+        chosen = Target.resolve("cpu" if target is None and bridge.__name__ == "kpx.bridges.torch" else target)
+        return bridge.optimize(model, example_inputs, example_kwargs, chosen, config)
+    if not callable(model):
+        raise InputError(_not_a_model(model))
+    jitted = jit(model, target=target, config=config)
+    if example_inputs is not None or example_kwargs is not None:
+        jitted.lower(*(example_inputs or ()), **(example_kwargs or {}))
+    return jitted
+
+
+def _not_a_model(given: Any) -> str:
+    return (
+        f"`{type(given).__module__}.{type(given).__qualname__}` is not a model. Pass a torch.nn.Module, a flax nnx or "
+        "linen module, or a function of JAX arrays."
+    )
+
+
+def jit(fun: Callable | None = None, *, target: str | Target | None = None, config: Config | None = None, **options):
+    """`jax.jit` whose module kpx rewrites before it is compiled.
+
+    Under a JAX transformation (grad, vmap, jvp, scan, remat, shard_map, another jit) it is `jax.jit(fun)`:
+    the outermost `kpx.jit` optimizes everything inside it, backward pass included.
+
+    Args:
+        fun: a function of pytrees of arrays. Without it, gives a decorator.
+        target: the platform to run on; by default where JAX puts the arguments.
+        config: what may be done; `Config()` by default.
+        **options: what `jax.jit` takes: static_argnums, static_argnames, donate_argnums, donate_argnames,
+            in_shardings, out_shardings, keep_unused, inline.
+
+    Returns:
+        A callable like `jax.jit`'s, with `.lower(...)`, whose result's `.compile()` compiles the rewritten
+        module.
+
+    Raises:
+        InputError: `fun` is not callable. From the callable: an argument is not an array or a number.
+    """
+    if fun is None:
+        return functools.partial(jit, target=target, config=config, **options)
+    if not callable(fun):
+        raise InputError(f"`kpx.jit` takes a function, and was given `{fun!r}`.")
+    return _Jit(fun, target, resolve(config), options)
+
+
+class _Jit:
+    """See `jit`."""
+
+    def __init__(self, fun: Callable, target: str | Target | None, config: Config, options: dict[str, Any]):
+        functools.update_wrapper(self, fun)
+        self._explicit = target is not None
+        self._target = Target.resolve(target)
+        self._config = config
+        self._jitted = jax.jit(fun, **options)
+        name = getattr(fun, "__name__", type(fun).__name__)
+        self._dispatch = jax_internals.dispatcher(name, fun, self._miss, self._jitted)
+
+    def __call__(self, *args, **kwargs):
+        return self._dispatch(*args, **kwargs)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else functools.partial(self, instance)
+
+    def lower(self, *args, **kwargs) -> jax.stages.Lowered:
+        """JAX's `Lowered` for these arguments (arrays or structs), its module rewritten."""
+        return self._lower(args, kwargs)[0]
+
+    def trace(self, *args, **kwargs):
+        """JAX's `Traced` for these arguments, before any rewrite."""
+        return self._jitted.trace(*args, **kwargs)
+
+    def eval_shape(self, *args, **kwargs):
+        """The shapes and dtypes of the outputs for these arguments."""
+        return self._jitted.eval_shape(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """Forgets every compiled signature."""
+        self._jitted.clear_cache()
+        self._dispatch = jax_internals.dispatcher(self.__name__, self.__wrapped__, self._miss, self._jitted)
+
+    def _lower(self, args, kwargs):
+        _check_arguments(self._jitted, args, kwargs)
+        if self._explicit:
+            with jax.default_device(self._target.device):
+                lowered = self._jitted.lower(*args, **kwargs)
+        else:
+            lowered = self._jitted.lower(*args, **kwargs)
+        return lowered, optimize_lowered(lowered, self._target, self._config)
+
+    def _miss(self, *args, **kwargs):
+        leaves = jax.tree.leaves((args, kwargs))
+        if jax_internals.is_tracing() or any(map(jax_internals.is_tracer, leaves)):
+            return self._jitted(*args, **kwargs), None
+        lowered, _ = self._lower(args, kwargs)
+        compiled = compile_lowered(lowered, self._target, self._config)
+        positions, names = jax_internals.static_arguments(self._jitted)
+        statics = {p % len(args) for p in positions if -len(args) <= p < len(args)}
+        outputs = compiled(
+            *(a for i, a in enumerate(args) if i not in statics),
+            **{k: v for k, v in kwargs.items() if k not in names},
+        )
+        return outputs, compiled
+
+
+def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises `InputError` for an argument that is neither an array nor a number, and names it."""
+    positions, names = jax_internals.static_arguments(jitted)
+    statics = {p % len(args) for p in positions if -len(args) <= p < len(args)}
+    dynamic = [a if i not in statics else None for i, a in enumerate(args)]
+    named = {k: v for k, v in kwargs.items() if k not in names}
+    for path, leaf in jax.tree_util.tree_leaves_with_path((dynamic, named)):
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)):
+            if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "OSUMm":
+                continue
+        if hasattr(leaf, "__jax_array__") or isinstance(leaf, jax.core.Tracer):
+            continue
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not type(leaf).__module__.startswith(("torch", "numpy")):
+            continue
+        where = jax.tree_util.keystr(path[1:])
+        what = f"{leaf.dtype} array" if isinstance(leaf, np.ndarray) else f"`{type(leaf).__module__}.{type(leaf).__qualname__}`"
+        raise InputError(
+            f"Argument {where} is a {what}. A compiled function takes arrays and numbers, and pytrees of them; "
+            "convert it with `jax.numpy.asarray(x)`, or name it in `static_argnames`."
+        )
+
+
+def compile(
+    fun_or_model: Any, *specs, target: str | Target | None = None, config: Config | None = None, **named_specs
+) -> Compiled:
+    """Compiles a function or model for inputs now.
+
+    Args:
+        fun_or_model: what `kpx.optimize` or `kpx.jit` takes.
+        *specs: positional inputs: arrays, tensors, or `jax.ShapeDtypeStruct`s.
+        target: the platform to run on.
+        config: what may be done; `Config()` by default.
+        **named_specs: named inputs.
+
+    Returns:
+        A `Compiled`: callable, and knows its `stablehlo`, `hlo`, `memory`, `cost`, `rewrites`, `kernels`.
+
+    Raises:
+        InputError: this is not a model, or an input is not one.
+        CaptureError, UnsupportedError: the model could not be brought over.
+        CompileError: the target's compiler refused it.
+    """
+    config = resolve(config)
+    if (bridge := registry.find(fun_or_model)) is not None:
+        chosen = Target.resolve("cpu" if target is None and bridge.__name__ == "kpx.bridges.torch" else target)
+        return bridge.compile(fun_or_model, specs, named_specs, chosen, config)
+    if not callable(fun_or_model):
+        raise InputError(_not_a_model(fun_or_model))
+    jitted = fun_or_model if isinstance(fun_or_model, _Jit) else jit(fun_or_model, target=target, config=config)
+    specs, named_specs = jax.tree.map(_struct, (specs, named_specs))
+    lowered, context = jitted._lower(specs, named_specs)
+    executable = compile_lowered(lowered, jitted._target, config)
+    return Compiled(
+        _checked(executable), executable, lowered.compiler_ir("stablehlo"), context, jitted._target
+    )
+
+
+def _struct(spec: Any) -> Any:
+    """A tensor's shape and dtype; anything else as it is."""
+    if type(spec).__module__.startswith("torch") and hasattr(spec, "shape"):
+        from kpx.bridges.torch.dtypes import to_jax
+
+        return jax.ShapeDtypeStruct(tuple(spec.shape), to_jax(spec.dtype))
+    return spec
+
+
+def _checked(executable: jax.stages.Compiled) -> Callable:
+    def call(*args, **kwargs):
+        try:
+            return executable(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"The arguments are not those this was compiled for: {error}\n"
+                "Call it with the same shapes and dtypes, or use `kpx.jit`, which compiles anew."
+            ) from None
+
+    return call
+
+

@@ -1,0 +1,117 @@
+"""Config: what may be done to a model, as one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kpx.errors import ConfigError
+
+LEVELS = ("none", "conservative", "balanced")
+MATMUL_PRECISIONS = ("highest", "high")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a model is optimized.
+
+    Every field can be overridden by a variable: `KPX_LEVEL`, `KPX_MATMUL_PRECISION`, `KPX_PREPARE`,
+    `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated) and `KPX_CACHE_DIR`.
+
+    Attributes:
+        level: `"none"`: no rewrites at all. `"conservative"`: only those that keep every bit.
+            `"balanced"`: also those that reorder additions or change layouts, within their bounds.
+        matmul_precision: how f32 matrix products are computed, in PyTorch's and JAX's sense of the
+            words. `"highest"`: in f32. `"high"`: each f32 factor as a sum of two bf16, which keeps
+            about 16 of 24 bits and is faster where the CPU has bf16 units.
+        prepare: compute what depends on weights alone once, at load.
+        verify_each: verify the module after every single rewrite (slow; finds a faulty one at once).
+        disable: names of rewrites to leave out.
+        cache_dir: where compiled executables persist (JAX's compilation cache), or None.
+
+    Raises:
+        ConfigError: a field, or a variable, has a value that is not allowed.
+    """
+
+    level: str = "balanced"
+    matmul_precision: str = "highest"
+    prepare: bool = True
+    verify_each: bool = False
+    disable: tuple[str, ...] = ()
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        _one_of("level", self.level, LEVELS)
+        _one_of("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        for name in ("prepare", "verify_each"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")
+        if isinstance(self.disable, str) or not all(isinstance(n, str) for n in self.disable):
+            raise ConfigError(f"`disable={self.disable!r}` is not a tuple of rewrite names.")
+        object.__setattr__(self, "disable", tuple(self.disable))
+        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
+            raise ConfigError(f"`cache_dir={self.cache_dir!r}` is not a path. Use a folder's path, or None.")
+
+    @classmethod
+    def inference(cls, **changes) -> Config:
+        """The default: balanced, with weights prepared at load."""
+        return cls(**changes)
+
+    @classmethod
+    def training(cls, **changes) -> Config:
+        """For functions whose weights change at every call: nothing is prepared at load."""
+        return cls(**{"prepare": False, **changes})
+
+    @classmethod
+    def development(cls, **changes) -> Config:
+        """For finding faults: only rewrites that keep every bit, each verified as it is made."""
+        return cls(**{"level": "conservative", "verify_each": True, **changes})
+
+    @classmethod
+    def production(cls, **changes) -> Config:
+        """Balanced, and executables persist across processes, in the user's cache folder by default."""
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        return cls(**{"cache_dir": os.path.join(base, "kpx"), **changes})
+
+    def with_environment(self, environment: Mapping[str, str] | None = None) -> Config:
+        """This config with the `KPX_*` variables of an environment (the process's) put over it."""
+        environment = os.environ if environment is None else environment
+        changes: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            variable = f"KPX_{field.name.upper()}"
+            if given := environment.get(variable):
+                changes[field.name] = _parsed(variable, given, field.name)
+        return dataclasses.replace(self, **changes) if changes else self
+
+
+def resolve(config: Config | None) -> Config:
+    """The config to use: the given one or the default, with the environment over it.
+
+    Raises:
+        ConfigError: what was given is not a `Config`.
+    """
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(
+            f"`config={config!r}` is not a kpx.Config. Use kpx.Config(...) or a preset: "
+            "kpx.Config.inference(), .training(), .development(), .production()."
+        )
+    return (config or Config()).with_environment()
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"`{name}={value!r}` is not known. Use one of {', '.join(map(repr, allowed))}.")
+
+
+def _parsed(variable: str, given: str, name: str) -> Any:
+    if name == "disable":
+        return tuple(n.strip() for n in given.split(",") if n.strip())
+    if name in ("prepare", "verify_each"):
+        words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+        if given.lower() not in words:
+            raise ConfigError(f"{variable}={given!r} is not a switch. Use 1 or 0.")
+        return words[given.lower()]
+    return given

@@ -1,0 +1,39 @@
+"""The errors kpx raises. Each says what was given, what is allowed and what to do next."""
+
+from __future__ import annotations
+
+
+class KpxError(Exception):
+    """Base class of every error that kpx raises."""
+
+
+class ConfigError(KpxError, ValueError):
+    """A `Config` field, a preset or a `KPX_*` variable has a value that is not allowed."""
+
+
+class InputError(KpxError, TypeError):
+    """A call's arguments are not what the compiled model takes."""
+
+
+class TargetError(KpxError, ValueError):
+    """A target is unknown, or is not on this machine."""
+
+
+class UnsupportedError(KpxError, NotImplementedError):
+    """The model uses something kpx has no lowering for yet."""
+
+
+class CaptureError(KpxError, RuntimeError):
+    """The model could not be captured as a graph (data-dependent control flow, for one)."""
+
+
+class CompileError(KpxError, RuntimeError):
+    """A compiler refused the module. Carries the compiler's own words."""
+
+
+class RewriteError(KpxError, RuntimeError):
+    """A rewrite produced a module that does not verify."""
+
+
+class RewriteWarning(UserWarning):
+    """A rewrite was reverted; the model runs without it."""

@@ -1,0 +1,126 @@
+"""FLOPs and bytes of a module, loops counted as often as they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kpx.ir import module as m
+from kpx.ir.module import ir, producer, splat, stablehlo
+
+_MOVES = {
+    "constant", "reshape", "transpose", "broadcast_in_dim", "slice", "concatenate", "pad", "convert", "iota",
+    "gather", "dynamic_slice", "dynamic_update_slice", "reverse", "return", "bitcast_convert", "copy",
+    "get_tuple_element", "tuple", "optimization_barrier", "case", "if", "while",
+}  # fmt: skip
+_READS_MEMORY = (
+    stablehlo.DotGeneralOp, stablehlo.ConvolutionOp, stablehlo.ReduceOp, stablehlo.GatherOp,
+    stablehlo.ScatterOp, stablehlo.SortOp, stablehlo.TransposeOp, stablehlo.ReduceWindowOp,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a module computes and moves.
+
+    Attributes:
+        flops: multiplications and additions counted apart; one for each other elementwise result.
+        bytes: arguments, results, and the operands and results of products, convolutions, reductions,
+            gathers and transposes. Elementwise ops are taken to be fused into those.
+    """
+
+    flops: float
+    bytes: float
+
+    def seconds(self, peak_flops: float, bandwidth: float) -> float:
+        """The roofline: the longer of computing at peak and moving at full bandwidth."""
+        return max(self.flops / peak_flops, self.bytes / bandwidth)
+
+
+def cost(module: ir.Module) -> Cost:
+    """The cost of a module's `main`. A loop whose trip count is not constant counts once."""
+    main = m.main(module)
+    flops, moved = _region(main, m.functions(module))
+    for t in [*main.type.inputs, *main.type.results]:
+        moved += _bytes(t)
+    return Cost(flops, moved)
+
+
+def _region(parent: Any, functions: dict[str, Any]) -> tuple[float, float]:
+    flops = moved = 0.0
+    for region in parent.regions:
+        for block in region.blocks:
+            for op in block.operations:
+                f, b = _op(op, functions)
+                flops, moved = flops + f, moved + b
+    return flops, moved
+
+
+def _op(op: Any, functions: dict[str, Any]) -> tuple[float, float]:
+    name = op.operation.name
+    kind = name.rpartition(".")[2]
+    if name == "func.call":
+        return _region(functions[op.callee.value], functions)
+    if name == "stablehlo.composite":
+        return _region(functions[op.operation.attributes["decomposition"].value], functions)
+    if kind in ("while", "case", "if", "manual_computation"):
+        flops, moved = _region(op, functions)
+        trips = _trip_count(op) if kind == "while" else 1
+        return flops * trips, moved * trips
+    moved = 0.0
+    if isinstance(op, _READS_MEMORY):
+        moved = sum(_bytes(v.type) for v in [*op.operands, *op.results])
+    return _flops(op, kind), moved
+
+
+def _flops(op: Any, kind: str) -> float:
+    if isinstance(op, stablehlo.DotGeneralOp):
+        contracted = stablehlo.DotDimensionNumbers(op.dot_dimension_numbers).lhs_contracting_dimensions
+        length = 1
+        for d in contracted:
+            length *= m.shape(op.lhs)[d]
+        return 2.0 * m.size(op.result) * length
+    if isinstance(op, stablehlo.ConvolutionOp):
+        numbers = stablehlo.ConvDimensionNumbers(op.dimension_numbers)
+        outputs = m.shape(op.rhs)[numbers.kernel_output_feature_dimension]
+        return 2.0 * m.size(op.result) * m.size(op.rhs) / max(outputs, 1)
+    if isinstance(op, (stablehlo.ReduceOp, stablehlo.ReduceWindowOp)):
+        window = 1
+        if isinstance(op, stablehlo.ReduceWindowOp):
+            for n in m.integers(op.window_dimensions):
+                window *= n
+            return float(m.size(op.results[0]) * window)
+        return float(sum(m.size(v) for v in op.inputs))
+    if kind in _MOVES or not len(op.results):
+        return 0.0
+    return float(m.size(op.results[0])) if isinstance(op.results[0].type, ir.RankedTensorType) else 0.0
+
+
+def _bytes(kind: ir.Type) -> float:
+    if not isinstance(kind, ir.RankedTensorType):
+        return 0.0
+    total = 1.0
+    for n in kind.shape:
+        total *= n
+    try:
+        return total * m.element_dtype(kind).itemsize
+    except m.KpxError:
+        return total
+
+
+def _trip_count(op: Any) -> int:
+    """How often a loop of the form `for i in range(a, b)` runs; 1 where it has another form."""
+    body = list(op.regions[0].blocks[0].operations)
+    compare = next((o for o in body if isinstance(o, stablehlo.CompareOp)), None)
+    if compare is None or len(body) > 4:
+        return 1
+    counter = compare.lhs
+    if not isinstance(counter, ir.BlockArgument):
+        return 1
+    end = splat(compare.rhs)
+    if end is None and isinstance(compare.rhs, ir.BlockArgument):
+        end = splat(op.operands[ir.BlockArgument(compare.rhs).arg_number])
+    start = splat(op.operands[ir.BlockArgument(counter).arg_number])
+    if start is None or end is None or producer(op.operands[0]) is None and not len(op.operands):
+        return 1
+    return max(int(end) - int(start), 0)

@@ -1,0 +1,89 @@
+"""The pipeline: which stages a module goes through for a target, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kpx.config import Config
+from kpx.ir import module as m
+from kpx.ir.module import ir
+from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
+from kpx.passes import canonicalize, composites, convolution, layout, precision
+
+
+@dataclass
+class Context:
+    """What stages know and tell: the target's platform, the config, the fuel, and the report."""
+
+    platform: str
+    config: Config
+    fuel: Fuel
+    report: Report = field(default_factory=Report)
+    kernels: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named step over a module, in place."""
+
+    name: str
+    run: Callable[[ir.Module, Context], None]
+
+
+def rewriting(rules: list[Rewrite]) -> Callable[[ir.Module, Context], None]:
+    """A stage's body that applies rewrites, as far as the config allows them."""
+
+    def run(module: ir.Module, context: Context) -> None:
+        config = context.config
+        allowed = [
+            r
+            for r in rules
+            if r.name not in config.disable and (r.exact or config.level == "balanced") and config.level != "none"
+        ]
+        if allowed:
+            apply_rewrites(module, allowed, context.fuel, context.report, verify_each=config.verify_each)
+
+    return run
+
+
+def mlir(passes: str) -> Callable[[ir.Module, Context], None]:
+    """A stage's body that runs MLIR's own passes."""
+    return lambda module, context: m.run_passes(module, passes)
+
+
+def choose_kernels(module: ir.Module, context: Context) -> None:
+    """A stage's body that turns composites into kernels, or into their decompositions."""
+    context.kernels = composites.lower_composites(module, context.platform)
+
+
+def stages(platform: str, config: Config) -> list[Stage]:
+    """The stages for a target's platform, in order."""
+    cpu = platform == "cpu"
+    result = [
+        Stage("inline", lambda module, context: m.inline_calls(module)),
+        Stage("clean up", mlir("cse,symbol-dce")),
+        Stage("canonicalize", rewriting(canonicalize.RULES)),
+        Stage("choose kernels", choose_kernels),
+    ]
+    if cpu:
+        result += [
+            Stage("lay out convolutions", rewriting([*layout.RULES, *convolution.RULES, *canonicalize.RULES])),
+            Stage("choose precision", rewriting(precision.rules(config))),
+        ]
+    result += [
+        Stage("clean up again", mlir("cse,symbol-dce")),
+        Stage("canonicalize again", rewriting(canonicalize.RULES)),
+        Stage("finish", mlir("cse,symbol-dce")),
+    ]
+    return result
+
+
+def optimize_module(module: ir.Module, context: Context) -> None:
+    """Runs the stages over a module in place; the module is valid after each."""
+    for stage in stages(context.platform, context.config):
+        start = time.perf_counter()
+        stage.run(module, context)
+        context.seconds[stage.name] = time.perf_counter() - start

@@ -1,0 +1,123 @@
+"""From a JAX function to an executable: lower, rewrite, split, compile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from kpx.config import Config
+from kpx.errors import CompileError
+from kpx.ir.call import call_module
+from kpx.ir.rewrite import Fuel
+from kpx.ir.split import mark_weights, split
+from kpx.pipeline import Context, optimize_module
+from kpx.runtime.compiled import Compiled
+from kpx.targets.target import Target
+
+
+def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> Context:
+    """Rewrites a lowered function's module in place: its `compile()` then compiles the new one."""
+    module = lowered.compiler_ir("stablehlo")
+    context = Context(target.platform, config, Fuel.from_environment())
+    optimize_module(module, context)
+    return context
+
+
+def compile_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> jax.stages.Compiled:
+    """Compiles a lowered function for a target.
+
+    Raises:
+        CompileError: the target's compiler refused it; its words are in the error.
+    """
+    _persist(config)
+    try:
+        return lowered.compile(compiler_options=target.compiler_options())
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise CompileError(
+            f"XLA could not compile the module for {target.platform}: {error}\n"
+            "Try `Config(level='none')`; if that compiles, please report the module (KPX_FUEL=n finds the "
+            "rewrite)."
+        ) from error
+
+
+def _persist(config: Config) -> None:
+    """Turns JAX's persistent compilation cache on where the config names a folder for it."""
+    if config.cache_dir is None:
+        return
+    folder = os.fspath(config.cache_dir)
+    if jax.config.jax_compilation_cache_dir != folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+class ModelProgram:
+    """A function of weights and inputs, compiled: weights are prepared once, inputs given at each call.
+
+    Attributes:
+        compiled: what is known about it; calling that runs the program on inputs.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        weights: Sequence[Any],
+        inputs: Sequence[Any],
+        target: Target,
+        config: Config,
+        *,
+        x64: bool = False,
+    ):
+        """Compiles `function(weights, inputs) -> list` for arrays, or structs, like those given.
+
+        Args:
+            x64: trace with 64-bit dtypes on, whatever the process's setting.
+
+        Raises:
+            CompileError: the target's compiler refused the module.
+        """
+        with jax.default_device(target.device), jax.enable_x64(x64 or jax.config.jax_enable_x64):
+            structs = [[_struct(a) for a in group] for group in (weights, inputs)]
+            lowered = jax.jit(function, keep_unused=True).lower(*structs)
+            module = lowered.compiler_ir("stablehlo")
+            if config.prepare:
+                mark_weights(module, set(range(len(weights))))
+            context = Context(target.platform, config, Fuel.from_environment())
+            optimize_module(module, context)
+            halves = split(module)
+            self.prepare_weights = halves.prepare_weights
+            # With nothing marked as a weight, everything is an input, in the order it came.
+            self.kept_weights = halves.kept_weights if config.prepare else list(range(len(weights)))
+            self._prepare = None
+            if halves.prepare is not None:
+                given = [structs[0][i] for i in self.prepare_weights]
+                prepare = jax.jit(call_module(halves.prepare)).lower(*given)
+                self._prepare = compile_lowered(prepare, target, Config(level="none"))
+                prepared = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in jax.tree.leaves(prepare.out_info)]
+            else:
+                prepared = []
+            run = jax.jit(call_module(halves.run), keep_unused=True).lower(
+                *prepared, *(structs[0][i] for i in self.kept_weights), *structs[1]
+            )
+            self.executable = compile_lowered(run, target, config)
+        self._held: list[jax.Array] = []
+        self.compiled = Compiled(
+            self.run, self.executable, halves.run, context, target, prepare_module=halves.prepare
+        )
+
+    def load(self, weights: Sequence[jax.Array]) -> None:
+        """Prepares weights, and holds what a call needs of them."""
+        prepared = [] if self._prepare is None else self._prepare(*(weights[i] for i in self.prepare_weights))
+        self._held = [*prepared, *(weights[i] for i in self.kept_weights)]
+
+    def run(self, *inputs: jax.Array) -> list[jax.Array]:
+        """The outputs for inputs, with the weights loaded last."""
+        return self.executable(*self._held, *inputs)
+
+
+def _struct(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+

@@ -1,0 +1,117 @@
+"""What a compilation gives: something to call, and what is known about it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from kpx.ir import cost as ir_cost
+from kpx.ir import module as m
+from kpx.pipeline import Context
+from kpx.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an executable needs, in bytes, by its compiler's own account."""
+
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call computes and moves, and how long the target would take at its peak (a model)."""
+
+    flops: float
+    bytes: float
+    predicted_seconds: float
+
+
+class Compiled:
+    """A compiled model or function.
+
+    Calling it takes what the function or model takes, at the shapes and dtypes it was compiled for.
+
+    Attributes:
+        stablehlo: the module that runs at each call, as text, after every rewrite.
+        prepare_stablehlo: the module that ran once over the weights, or None.
+        rewrites: how often each rewrite was applied.
+        reverted: rewrites that were taken back, with the reason.
+        kernels: what each composite runs as.
+        seconds: how long each stage of ours took.
+    """
+
+    def __init__(
+        self,
+        call: Callable,
+        executable: jax.stages.Compiled,
+        module: Any,
+        context: Context,
+        target: Target,
+        prepare_module: Any = None,
+    ):
+        self._call = call
+        self._executable = executable
+        self._module = module
+        self._prepare_module = prepare_module
+        self._context = context
+        self._target = target
+
+    def __call__(self, *args, **kwargs):
+        return self._call(*args, **kwargs)
+
+    @property
+    def stablehlo(self) -> str:
+        return m.text(self._module)
+
+    @property
+    def prepare_stablehlo(self) -> str | None:
+        return None if self._prepare_module is None else m.text(self._prepare_module)
+
+    @property
+    def hlo(self) -> str:
+        """The compiler's own optimized program, as text."""
+        return self._executable.as_text() or ""
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """See `Memory`."""
+        stats = self._executable.memory_analysis()
+        arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+        temporary = stats.temp_size_in_bytes
+        total = arguments + outputs + temporary - stats.alias_size_in_bytes
+        peak = getattr(stats, "peak_memory_in_bytes", 0) or total
+        return Memory(arguments, outputs, temporary, peak)
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        """See `Cost`; the first access measures the target's peak."""
+        counted = ir_cost.cost(self._module)
+        return Cost(counted.flops, counted.bytes, counted.seconds(*self._target.peak()))
+
+    @property
+    def rewrites(self) -> dict[str, int]:
+        return dict(self._context.report.counts.most_common())
+
+    @property
+    def reverted(self) -> dict[str, str]:
+        return dict(self._context.report.reverted)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        return dict(self._context.kernels)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(self._context.seconds)
+
+    def __repr__(self):
+        applied = sum(self.rewrites.values())
+        return f"<kpx.Compiled for {self._target.platform}: {applied} rewrites, {len(self.kernels)} kernels>"

@@ -1,0 +1,109 @@
+"""Everything of kpx that reaches behind JAX's public interface.
+
+Written for jax 0.10.2 to 0.11, and tested against what it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax._src import core as _core
+from jax._src import tree_util as _tree_util
+from jax._src.interpreters import pxla as _pxla
+from jax._src.lib import _jax
+
+
+def is_tracing() -> bool:
+    """Whether a JAX transformation is under way, so that calls are recorded and not run."""
+    return not _core.trace_state_clean()
+
+
+def array_from_capsule(capsule: Any, device: jax.Device) -> jax.Array:
+    """A JAX array over a DLPack capsule's memory, without a copy, keeping 64-bit dtypes.
+
+    A tenth of the time of `jnp.from_dlpack`, which canonicalizes dtypes and checks devices.
+    """
+    return _jax.dlpack_managed_tensor_to_buffer(capsule, device, None)
+
+
+def capsule_from_array(array: jax.Array) -> Any:
+    """A DLPack capsule over a JAX array's memory; waits until the array is computed."""
+    return _jax.buffer_to_dlpack_managed_tensor(array)
+
+
+def static_arguments(jitted: Callable) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of a jitted function's static arguments, each derived from the other."""
+    info = jitted._jit_info  # type: ignore[attr-defined]
+    return tuple(info.static_argnums), tuple(info.static_argnames)
+
+
+def donated_arguments(jitted: Callable) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of a jitted function's donated arguments."""
+    info = jitted._jit_info  # type: ignore[attr-defined]
+    return tuple(info.donate_argnums or ()), tuple(info.donate_argnames or ())
+
+
+def dispatcher(name: str, function: Callable, miss: Callable, jitted: Callable) -> Callable:
+    """A callable that dispatches in C++ as `jax.jit` does, and calls `miss` for a new signature.
+
+    Args:
+        miss: `(*args, **kwargs) -> (outputs, jax Compiled or None)`; with a Compiled, later calls of
+            the signature (shapes, dtypes, weak types, shardings, statics, JAX's configuration) go
+            straight to its executable.
+    """
+
+    def cache_miss(*args, **kwargs):
+        outputs, compiled = miss(*args, **kwargs)
+        return outputs, _fast_path(compiled, outputs), False
+
+    static_argnums, static_argnames = static_arguments(jitted)
+    donate_argnums, donate_argnames = donated_arguments(jitted)
+    keys = _pxla.JitGlobalCppCacheKeys(donate_argnums=donate_argnums, donate_argnames=donate_argnames)
+    return _jax.pjit(
+        name,
+        function,
+        cache_miss,
+        list(static_argnums),
+        list(static_argnames),
+        keys,
+        _tree_util.dispatch_registry,
+        _pxla.cc_shard_arg,
+    )
+
+
+def _fast_path(compiled: Any, outputs: Any) -> Any:
+    """What JAX's dispatcher needs to run an executable by itself, or None where it must not."""
+    executable = getattr(compiled, "_executable", None)
+    run = getattr(executable, "unsafe_call", None)
+    if not isinstance(run, _pxla.ExecuteReplicated) or executable._mut:
+        return None
+    if run.ordered_effects or run.has_unordered_effects or run.has_host_callbacks:
+        return None
+    flat, tree = _tree_util.dispatch_registry.flatten(outputs, None)
+    if not all(isinstance(leaf, jax.Array) for leaf in flat):
+        return None
+    if any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in executable.in_avals):
+        return None
+    constants = compiled._params.const_args
+    count = len(constants) + len(jax.tree.leaves(compiled.args_info))
+    return _pxla.MeshExecutableFastpathData(
+        executable.xla_executable,
+        tree,
+        executable._in_shardings,
+        executable._out_shardings,
+        [leaf.aval for leaf in flat],
+        [leaf._committed for leaf in flat],
+        [i in executable._kept_var_idx for i in range(count)],
+        executable._dispatch_in_layouts,
+        constants,
+    )
+
+
+def is_tracer(leaf: Any) -> bool:
+    """Whether a value stands for another inside a JAX transformation."""
+    return isinstance(leaf, jax.core.Tracer)
+
