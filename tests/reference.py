@@ -24,17 +24,19 @@ def random_array(rng, shape, dtype) -> np.ndarray:
     return rng.standard_normal(shape).astype(dtype)
 
 
-def assert_closer(candidate, competitor, reference, *, relative: float = 1e-4) -> None:
-    """The candidate is within `relative` of an f64 reference, or no farther from it than the competitor.
+def distance(values, reference) -> float:
+    """The root-mean-square difference from an f64 reference, over the reference's root mean square."""
+    values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
+    assert values.shape == reference.shape
+    assert np.array_equal(np.isnan(values), np.isnan(reference))
+    scale = np.sqrt(np.nanmean(np.square(reference))) if reference.size else 1.0
+    return float(np.sqrt(np.nanmean(np.square(values - reference))) / (scale or 1.0)) if reference.size else 0.0
 
-    The distance is the largest difference over the largest magnitude of the reference.
+
+def assert_closer(candidate, competitor, reference, *, relative: float = 0.0) -> None:
+    """The candidate is no farther from an f64 reference than the competitor, or within `relative` of it.
+
+    Two ways of rounding differ by chance: a tenth more than the competitor's distance still counts as equal.
     """
-    candidate, competitor, reference = (
-        np.asarray(a, np.float64) for a in (candidate, competitor, reference)
-    )
-    assert candidate.shape == reference.shape
-    assert np.array_equal(np.isnan(candidate), np.isnan(reference))
-    scale = np.nanmax(np.abs(reference), initial=0.0) or 1.0
-    distance = np.nanmax(np.abs(candidate - reference), initial=0.0) / scale
-    allowed = max(relative, np.nanmax(np.abs(competitor - reference), initial=0.0) / scale)
-    assert distance <= allowed, f"{distance:.3g} from the reference; {allowed:.3g} is allowed"
+    ours, theirs = distance(candidate, reference), distance(competitor, reference)
+    assert ours <= max(relative, 1.1 * theirs), f"{ours:.3g} from the reference, where the competitor is {theirs:.3g}"

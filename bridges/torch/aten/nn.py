@@ -16,25 +16,35 @@ aten = torch.ops.aten
 # Matrix products -------------------------------------------------------------------------------
 
 
+def _sum_dtype(dtype):
+    """What products are summed in: f32 for 16-bit floats, as PyTorch does; the bias is added before rounding."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 @lowers(aten.linear.default)
 def linear(x, weight, bias=None):
-    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())))
-    return y if bias is None else y + bias
+    wide = _sum_dtype(x.dtype)
+    y = jax.lax.dot_general(
+        x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())), preferred_element_type=wide
+    )
+    return (y if bias is None else y + bias.astype(wide)).astype(x.dtype)
 
 
 @lowers(aten.mm.default, aten.bmm.default, aten.matmul.default)
 def matmul(x, y):
-    return jnp.matmul(x, y)
+    return jnp.matmul(x, y, preferred_element_type=_sum_dtype(x.dtype)).astype(x.dtype)
 
 
 @lowers(aten.addmm.default, aten.baddbmm.default)
 def addmm(bias, x, y, *, beta=1, alpha=1):
-    product = jnp.matmul(x, y)
+    wide = _sum_dtype(x.dtype)
+    product = jnp.matmul(x, y, preferred_element_type=wide)
     if alpha != 1:
-        product = product * jnp.asarray(alpha, product.dtype)
+        product = product * jnp.asarray(alpha, wide)
     if beta == 0:  # PyTorch ignores the bias then, NaN included.
-        return product
-    return product + (bias if beta == 1 else bias * jnp.asarray(beta, bias.dtype))
+        return product.astype(x.dtype)
+    bias = bias.astype(wide)
+    return (product + (bias if beta == 1 else bias * jnp.asarray(beta, wide))).astype(x.dtype)
 
 
 @lowers(aten.dot.default, aten.mv.default)
@@ -70,9 +80,11 @@ def _conv(x, weight, bias, stride, padding, dilation, groups):
         padding.upper() if isinstance(padding, str) else padding,
         rhs_dilation=_tuple(dilation, n),
         feature_group_count=groups,
+        preferred_element_type=_sum_dtype(x.dtype),
     )
     if bias is not None:
-        y = y + bias.reshape(-1, *(1,) * n)
+        y = y + bias.astype(y.dtype).reshape(-1, *(1,) * n)
+    y = y.astype(x.dtype)
     return y[0] if unbatched else y
 
 
@@ -106,7 +118,7 @@ def batch_norm(x, weight, bias, mean, variance, momentum, eps):
         scale = scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = (1, -1, *(1,) * (x.ndim - 2))
-    y = x * scale.reshape(shape) + shift.reshape(shape)
+    y = x.astype(scale.dtype) * scale.reshape(shape) + shift.reshape(shape)
     empty = jnp.zeros((0,), x.dtype)
     return y.astype(x.dtype), empty, empty
 
@@ -165,10 +177,11 @@ def avg_pool2d(
     stride = _tuple(stride, 2) if stride else kernel
     padding = _tuple(padding, 2)
     window, strides, _, pads = _window(x, kernel, stride, padding, [1, 1], ceil_mode)
+    dtype, x = x.dtype, x.astype(_sum_dtype(x.dtype))
     zero = np.zeros((), x.dtype)
     total = jax.lax.reduce_window(x, zero, jax.lax.add, window, strides, pads)
     if divisor_override:
-        return total / jnp.asarray(divisor_override, x.dtype)
+        return (total / jnp.asarray(divisor_override, x.dtype)).astype(dtype)
     counted = jnp.ones(x.shape[-2:], x.dtype)
     border = [(p, p) for p in padding]
     if count_include_pad:  # the padding counts, what ceil_mode adds past it does not
@@ -177,12 +190,13 @@ def avg_pool2d(
     else:
         border = pads[-2:]
     count = jax.lax.reduce_window(counted, zero, jax.lax.add, kernel, stride, border)
-    return total / count
+    return (total / count).astype(dtype)
 
 
 @lowers(aten.adaptive_avg_pool2d.default)
 def adaptive_avg_pool2d(x, output_size):
-    """Each output is the mean of its own, possibly overlapping, window."""
+    """Each output is the mean of its own, possibly overlapping, window; summed in f32 at least."""
+    dtype, x = x.dtype, x.astype(_sum_dtype(x.dtype))
     for axis, out in zip((x.ndim - 2, x.ndim - 1), _tuple(output_size, 2), strict=True):
         size = x.shape[axis]
         out = size if out is None else out
@@ -193,4 +207,4 @@ def adaptive_avg_pool2d(x, output_size):
             windows = [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
             parts = [jax.lax.slice_in_dim(x, a, b, 1, axis).mean(axis, keepdims=True) for a, b in windows]
             x = jnp.concatenate(parts, axis)
-    return x
+    return x.astype(dtype)

@@ -1,0 +1,34 @@
+"""Small versions of every benchmark model match PyTorch, in f32 and bf16."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import kpx
+from bench.cases import CASES
+from tests.reference import assert_closer
+
+pytestmark = pytest.mark.models
+
+
+def _f64_outputs(model, inputs):
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    return pytree.tree_leaves(copy.deepcopy(model).double()(**wide))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_is_as_close_to_f64_as_eager_is(name, dtype):
+    model, inputs = CASES[name].make(small=True, dtype=dtype)
+    with torch.no_grad():
+        reference = _f64_outputs(model, inputs)
+        eager = model(**inputs)
+        ours = kpx.optimize(model)(**inputs)
+    assert type(ours) is type(eager)
+    flat, flat_eager = pytree.tree_leaves(ours), pytree.tree_leaves(eager)
+    assert [(t.shape, t.dtype) for t in flat] == [(t.shape, t.dtype) for t in flat_eager]
+    for ours_, eager_, reference_ in zip(flat, flat_eager, reference, strict=True):
+        slack = 1e-4 if dtype == torch.float32 else 0.0
+        assert_closer(ours_.double(), eager_.double(), reference_, relative=slack)
