@@ -59,26 +59,29 @@ def choose_kernels(module: ir.Module, context: Context) -> None:
     context.kernels = composites.lower_composites(module, context.platform)
 
 
+def lay_out_convolutions(module: ir.Module, context: Context) -> None:
+    """A stage's body that brings convolutions into the CPU's layout and forms, where there are any."""
+    if any(isinstance(op, convolution.OPS) for op in m.walk(module.operation)):
+        rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
+        rewriting([*convolution.FORMS, *canonicalize.RULES])(module, context)
+
+
 def stages(platform: str, config: Config) -> list[Stage]:
     """The stages for a target's platform, in order."""
-    cpu = platform == "cpu"
-    result = [
+    on_cpu = [
+        Stage("lay out convolutions", lay_out_convolutions),
+        Stage("choose precision", rewriting(precision.rules(config))),
+    ]
+    return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
         Stage("clean up", mlir("cse,symbol-dce")),
         Stage("canonicalize", rewriting(canonicalize.RULES)),
         Stage("choose kernels", choose_kernels),
-    ]
-    if cpu:
-        result += [
-            Stage("lay out convolutions", rewriting([*layout.RULES, *convolution.RULES, *canonicalize.RULES])),
-            Stage("choose precision", rewriting(precision.rules(config))),
-        ]
-    result += [
         Stage("clean up again", mlir("cse,symbol-dce")),
         Stage("canonicalize again", rewriting(canonicalize.RULES)),
+        *(on_cpu if platform == "cpu" else ()),
         Stage("finish", mlir("cse,symbol-dce")),
     ]
-    return result
 
 
 def optimize_module(module: ir.Module, context: Context) -> None:

@@ -214,27 +214,30 @@ class _Driver:
 
     def _visit(self, operation: Any) -> bool:
         """Tries the rules on one op; False where the fuel is spent."""
-        for rule in self.by_op.get(operation.name, ()):
-            if rule.name in self.report.reverted:
-                continue
-            results = self._try(rule, operation)
-            if results is None:
-                continue
-            if not self.fuel.burn():
-                return False
-            self._replace(operation, results)
-            self.counts[rule.name] += 1
-            self.last = rule.name
-            if self.verify_each:
-                m.verify(self.module)
+        rules = self.by_op.get(operation.name)
+        if not rules:
             return True
+        op = operation.opview
+        with ir.InsertionPoint(operation), operation.location:
+            for rule in rules:
+                if rule.name in self.report.reverted or (results := self._try(rule, op)) is None:
+                    continue
+                if not self.fuel.burn():
+                    return False
+                break
+            else:
+                return True
+        self._replace(operation, results)
+        self.counts[rule.name] += 1
+        self.last = rule.name
+        if self.verify_each:
+            m.verify(self.module)
         return True
 
-    def _try(self, rule: Rewrite, operation: Any) -> list[Value] | None:
+    def _try(self, rule: Rewrite, op: Any) -> list[Value] | None:
         """A rule's replacement for an op, once its types are checked; what fails is switched off."""
         try:
-            with ir.InsertionPoint(operation), operation.location:
-                replacement = rule.apply(operation.opview)
+            replacement = rule.apply(op)
         except Exception as error:  # a rule may come from anyone, and must not stop the model
             self.report.revert(rule.name, f"it raised {type(error).__name__}: {error}.")
             return None
@@ -242,11 +245,11 @@ class _Driver:
             return None
         results = list(replacement) if isinstance(replacement, (list, tuple)) else [replacement]
         results = [r if isinstance(r, Value) else r.result for r in results]
-        wanted = [r.type for r in operation.results]
+        wanted = [r.type for r in op.results]
         if [r.type for r in results] != wanted:
             got = ", ".join(str(r.type) for r in results)
             self.report.revert(
-                rule.name, f"it gave {got} in place of {', '.join(map(str, wanted))} for {operation.name}."
+                rule.name, f"it gave {got} in place of {', '.join(map(str, wanted))} for {op.operation.name}."
             )
             return None
         return results

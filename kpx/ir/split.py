@@ -157,6 +157,8 @@ def _free_at_run_time(op: Any) -> bool:
         return True
     if isinstance(op, stablehlo.ConvertOp):
         return _bits(op.result) >= _bits(op.operand)
+    if isinstance(op, stablehlo.SliceOp):  # a row or a tap; a large part of a weight is better made once
+        return m.size(op.result) <= 1 << 14
     return False
 
 

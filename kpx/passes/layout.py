@@ -249,7 +249,7 @@ def transpose_past_slice(op):
         }
     """
     inner = producer(op.operand, stablehlo.TransposeOp)
-    if inner is None:
+    if inner is None or depends_on_weights_alone(inner.operand):  # one transpose at load beats many
         return None
     order = integers(inner.permutation)
     back = _inverse(order)

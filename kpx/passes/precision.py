@@ -6,6 +6,8 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
 from kpx.ir.rewrite import Rewrite, rewrite
+from kpx.ir.split import depends_on_weights_alone
+from kpx.targets import cpu
 
 
 @rewrite(
@@ -45,6 +47,77 @@ def bf16_dot_yields_f32(op):
     return m.convert(wide, "bf16")
 
 
+@rewrite(
+    stablehlo.DotGeneralOp,
+    exact=False,
+    bound="each product of two f32 numbers within 2^-15 of itself: about 1e-5 of the output's scale",
+)
+def f32_dot_as_three_bf16(op):
+    """An f32 product by a weight is three bf16 products: high by high, high by low, low by high.
+
+    A number is split into bf16 numbers that carry its upper 16 bits; the product of the two low parts is left
+    out. The weight's parts are made at load. PyTorch calls this precision "high" (bf16x3).
+    Source: Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
+    Higher-Precision Computations", arXiv 1904.06376.
+
+    Before:
+        func.func @main(%a: tensor<64x64xf32>, %b: tensor<64x64xf32> {kpx.weight}) -> tensor<64x64xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
+          return %0 : tensor<64x64xf32>
+        }
+    After:
+        func.func @main(%a: tensor<64x64xf32>, %b: tensor<64x64xf32> {kpx.weight}) -> tensor<64x64xf32> {
+          %0 = stablehlo.reduce_precision %a, format = e8m7 : tensor<64x64xf32>
+          %1 = stablehlo.convert %0 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
+          %2 = stablehlo.subtract %a, %0 : tensor<64x64xf32>
+          %3 = stablehlo.convert %2 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
+          %4 = stablehlo.reduce_precision %b, format = e8m7 : tensor<64x64xf32>
+          %5 = stablehlo.convert %4 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
+          %6 = stablehlo.subtract %b, %4 : tensor<64x64xf32>
+          %7 = stablehlo.convert %6 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
+          %8 = stablehlo.dot_general %1, %7, contracting_dims = [1] x [0] : (tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>
+          %9 = stablehlo.dot_general %3, %5, contracting_dims = [1] x [0] : (tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>
+          %10 = stablehlo.add %8, %9 : tensor<64x64xf32>
+          %11 = stablehlo.dot_general %1, %5, contracting_dims = [1] x [0] : (tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>
+          %12 = stablehlo.add %11, %10 : tensor<64x64xf32>
+          return %12 : tensor<64x64xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<64x64xf32>, %b: tensor<64x64xf32>) -> tensor<64x64xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
+          return %0 : tensor<64x64xf32>
+        }
+    """
+    if {m.element_type(v) for v in (op.lhs, op.rhs, op.result)} != {"f32"} or op.algorithm is not None:
+        return None
+    by_weight = depends_on_weights_alone(op.rhs) and not depends_on_weights_alone(op.lhs)
+    # A product of few rows waits for its weight to arrive from memory, and one of many results for them to
+    # leave: both are slower in three parts.
+    if not by_weight or m.size(op.lhs) // _contracted(op) < 64 or m.size(op.result) > 1 << 23:
+        return None
+    (high_l, low_l), (high_r, low_r) = _halves(op.lhs), _halves(op.rhs)
+
+    def product(lhs, rhs):
+        return stablehlo.dot_general(op.result.type, lhs, rhs, op.dot_dimension_numbers)
+
+    small = stablehlo.add(product(high_l, low_r), product(low_l, high_r))
+    return stablehlo.add(product(high_l, high_r), small)
+
+
+def _contracted(op) -> int:
+    length = 1
+    for d in stablehlo.DotDimensionNumbers(op.dot_dimension_numbers).lhs_contracting_dimensions:
+        length *= m.shape(op.lhs)[d]
+    return length
+
+
+def _halves(value):
+    # reduce_precision, not a convert there and back: XLA may take that for nothing.
+    high = stablehlo.reduce_precision(value, 8, 7)
+    return m.convert(high, "bf16"), m.convert(stablehlo.subtract(value, high), "bf16")
+
+
 def rules(config: Config) -> list[Rewrite]:
     """The precision rewrites that a config asks for."""
-    return [bf16_dot_yields_f32]
+    high = config.matmul_precision == "high" and cpu.has_bf16_tiles()
+    return [bf16_dot_yields_f32, *([f32_dot_as_three_bf16] if high else [])]

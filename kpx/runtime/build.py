@@ -34,7 +34,7 @@ def compile_lowered(lowered: jax.stages.Lowered, target: Target, config: Config)
     """
     _persist(config)
     try:
-        return lowered.compile(compiler_options=target.compiler_options())
+        return lowered.compile(compiler_options=target.compiler_options(lowered.compiler_ir("stablehlo")))
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise CompileError(
             f"XLA could not compile the module for {target.platform}: {error}\n"
