@@ -7,11 +7,15 @@ supports the case, the decomposition runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+from jax.interpreters import mlir as jax_mlir
 
 from kpx.errors import KpxError
 
@@ -49,8 +53,12 @@ class Kernel:
     implementations: list[Implementation] = field(default_factory=list)
 
     def __call__(self, *arrays, **attributes):
-        """Emits the composite. Attributes are Python numbers, bools or strings."""
-        return jax.lax.composite(self.decomposition, self.name, version=self.version)(*arrays, **attributes)
+        """Emits the composite. Attributes are Python numbers, bools or strings.
+
+        Differentiated or batched, it becomes its decomposition: derivatives of every order, forward and
+        reverse, and any batching are those of plain JAX.
+        """
+        return _composite.bind(*arrays, kernel=self.name, attributes=tuple(sorted(attributes.items())))
 
     def on(self, target: str, *, supports: Supports = supports_everything) -> Callable:
         """Registers an implementation; earlier ones are preferred.
@@ -83,6 +91,42 @@ class Kernel:
 
 
 _KERNELS: dict[str, Kernel] = {}
+
+# jax.lax.composite has neither a JVP nor a batching rule; this primitive has both, and lowers to it.
+_composite = Primitive("kpx_composite")
+
+
+def _plain(kernel: str, attributes: tuple) -> Callable:
+    return functools.partial(_KERNELS[kernel].decomposition, **dict(attributes))
+
+
+@_composite.def_impl
+def _run(*arrays, kernel, attributes):
+    return jax.jit(_plain(kernel, attributes))(*arrays)
+
+
+@_composite.def_abstract_eval
+def _shape(*avals, kernel, attributes):
+    result = jax.eval_shape(_plain(kernel, attributes), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+    return jax.core.ShapedArray(result.shape, result.dtype)
+
+
+def _emit(*arrays, kernel, attributes):
+    found = _KERNELS[kernel]
+    return jax.lax.composite(found.decomposition, kernel, version=found.version)(*arrays, **dict(attributes))
+
+
+def _differentiate(primals, tangents, *, kernel, attributes):
+    return jax.jvp(_plain(kernel, attributes), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _batch(arrays, dims, *, kernel, attributes):
+    return jax.vmap(_plain(kernel, attributes), dims)(*arrays), 0
+
+
+jax_mlir.register_lowering(_composite, jax_mlir.lower_fun(_emit, multiple_results=False))
+ad.primitive_jvps[_composite] = _differentiate
+batching.primitive_batchers[_composite] = _batch
 
 
 def kernel(name: str, *, version: int) -> Callable[[Callable], Kernel]:

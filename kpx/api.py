@@ -99,6 +99,7 @@ class _Jit:
         self._explicit = target is not None
         self._target = Target.resolve(target)
         self._config = config
+        self._options = options
         self._jitted = jax.jit(fun, **options)
         name = getattr(fun, "__name__", type(fun).__name__)
         self._dispatch = jax_internals.dispatcher(name, fun, self._miss, self._jitted)
@@ -128,11 +129,11 @@ class _Jit:
 
     def _lower(self, args, kwargs):
         _check_arguments(self._jitted, args, kwargs)
-        if self._explicit:
-            with jax.default_device(self._target.device):
-                lowered = self._jitted.lower(*args, **kwargs)
-        else:
-            lowered = self._jitted.lower(*args, **kwargs)
+        # JAX keeps the module of a function that it lowered, and would hand the rewritten one to others:
+        # a function of our own each time gets a module of our own.
+        own = jax.jit(_renamed(self.__wrapped__), **self._options)
+        with jax.default_device(self._target.device if self._explicit else None):
+            lowered = own.lower(*args, **kwargs)
         return lowered, optimize_lowered(lowered, self._target, self._config)
 
     def _miss(self, *args, **kwargs):
@@ -148,6 +149,14 @@ class _Jit:
             **{k: v for k, v in kwargs.items() if k not in names},
         )
         return outputs, compiled
+
+
+def _renamed(fun: Callable) -> Callable:
+    @functools.wraps(fun)
+    def same(*args, **kwargs):
+        return fun(*args, **kwargs)
+
+    return same
 
 
 def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,17 @@
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.fixture(autouse=True)
+def _no_kpx_variables(monkeypatch):
+    """Tests see the defaults, whatever the shell that runs them has set."""
+    for name in list(os.environ):
+        if name.startswith("KPX_"):
+            monkeypatch.delenv(name)

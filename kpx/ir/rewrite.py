@@ -239,7 +239,7 @@ class _Driver:
         try:
             replacement = rule.apply(op)
         except Exception as error:  # a rule may come from anyone, and must not stop the model
-            self.report.revert(rule.name, f"it raised {type(error).__name__}: {error}.")
+            self._blame(rule, error)
             return None
         if replacement is None:
             return None
@@ -253,6 +253,16 @@ class _Driver:
             )
             return None
         return results
+
+    def _blame(self, rule: Rewrite, error: Exception) -> None:
+        """Switches off a rule that raised, unless it stumbled over what another had broken."""
+        try:
+            m.verify(self.module)
+        except RewriteError:
+            if self.verify_each:  # the module was valid before this rule
+                self.last = rule.name
+            raise
+        self.report.revert(rule.name, f"it raised {type(error).__name__}: {error}.")
 
     def _replace(self, operation: Any, results: list[Value]) -> None:
         for new in results:
