@@ -24,7 +24,8 @@ def to_array(tensor: torch.Tensor, device: jax.Device) -> jax.Array:
         InputError: the tensor is not a dense CPU tensor of a dtype JAX has.
     """
     try:
-        return array_from_capsule(dlpack.to_dlpack(tensor), device)
+        # DLPack would carry the strides, and an executable takes row-major arrays alone.
+        return array_from_capsule(dlpack.to_dlpack(tensor.contiguous()), device)
     except (RuntimeError, ValueError, BufferError) as error:
         return array_from_capsule(dlpack.to_dlpack(plain(tensor, error)), device)
 

@@ -1,0 +1,316 @@
+"""kpx.optimize of a torch.nn.Module: structure, shared weights, signatures, and bad input."""
+
+import collections
+
+import jax
+import pytest
+import torch
+
+import kpx
+from kpx.bridges.torch import module as torch_module
+from kpx.bridges.torch.tensors import to_array, to_tensor
+
+X = torch.linspace(-1, 1, 24).reshape(3, 8)
+
+
+def _model():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)]
+    return torch.nn.Sequential(*layers).eval()
+
+
+def _same(optimized, model, *inputs):
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_and_structure_are_the_models():
+    Pair = collections.namedtuple("Pair", "left right")
+
+    class Model(torch.nn.Module):
+        def forward(self, x, *, scale=1.0, extra=None):
+            return {"a": [x * scale], "b": Pair(x.sum(), 3), "none": None if extra is None else extra["t"] + x}
+
+    optimized, inputs = kpx.optimize(Model()), {"scale": 2.0, "extra": {"t": X}}
+    ours, wanted = optimized(X, **inputs), Model()(X, **inputs)
+    assert torch.utils._pytree.tree_structure(ours) == torch.utils._pytree.tree_structure(wanted)
+    assert ours["b"].right == 3
+    torch.testing.assert_close(ours["none"], wanted["none"])
+    assert optimized(X)["none"] is None
+
+
+def test_int64_and_float64_stay_what_they_are():
+    class Model(torch.nn.Module):
+        def forward(self, i, d):
+            return i + 2**40, d * 3
+
+    i, d = torch.arange(3), torch.ones(3, dtype=torch.float64) / 3
+    a, b = kpx.optimize(Model())(i, d)
+    assert (a.dtype, b.dtype) == (torch.int64, torch.float64)
+    assert a.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+    assert torch.equal(b, d * 3)
+    assert not jax.config.jax_enable_x64
+
+
+# Weights ---------------------------------------------------------------------------------------
+
+
+def test_names_parameters_and_buffers_are_the_models_own():
+    model = _model()
+    optimized = kpx.optimize(model)
+    assert list(optimized.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(optimized.parameters(), model.parameters(), strict=True))
+    assert optimized.get_submodule("0") is model[0]
+
+
+def _new(weight):
+    torch.manual_seed(1)
+    return torch.rand(weight.shape).to(weight.dtype)
+
+
+def _in_place(model):
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+
+
+def _through_data(model):
+    model[0].weight.data.add_(0.5)
+
+
+def _data_replaced(model):
+    model[0].weight.data = _new(model[0].weight)
+
+
+def _parameter_replaced(model):
+    model[0].weight = torch.nn.Parameter(_new(model[0].weight))
+
+
+def _loaded(model):
+    model.load_state_dict({k: _new(v) for k, v in model.state_dict().items()})
+
+
+def _assigned(model):
+    model.load_state_dict({k: _new(v) for k, v in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [_in_place, _through_data, _data_replaced, _parameter_replaced, _loaded, _assigned])
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "in place"])
+def test_a_later_change_of_a_weight_is_seen(change, prepared):
+    model = _model()
+    if prepared:  # a weight that is transposed at load is a copy, and must be made again
+        model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16)).eval()
+    x = torch.ones(2, 8, 3, 3) if prepared else X
+    optimized = kpx.optimize(model)
+    _same(optimized, model, x)
+    change(model)
+    _same(optimized, model, x)
+
+
+def test_load_state_dict_through_the_optimized_module_changes_both():
+    model, other = _model(), _model()
+    torch.nn.init.uniform_(other[0].weight)
+    optimized = kpx.optimize(model)
+    _same(optimized, model, X)
+    optimized.load_state_dict(other.state_dict())
+    _same(optimized, other, X)
+    _same(model, other, X)
+
+
+def test_tied_weights_stay_one():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    optimized = kpx.optimize(model)
+    _same(optimized, model, X)
+    with torch.no_grad():
+        model[1].weight.zero_()
+    _same(optimized, model, X)
+
+
+def test_weights_that_run_as_they_are_are_not_copied():
+    model = torch.nn.Linear(8, 4)
+    optimized = kpx.optimize(model, example_inputs=(X,))
+    (entry,) = optimized._entries.values()
+    pointers = {a.unsafe_buffer_pointer() for a in entry.program._held}
+    assert model.weight.data_ptr() in pointers
+
+
+# Modes and signatures --------------------------------------------------------------------------
+
+
+def test_train_and_eval_reach_the_model_and_are_signatures_of_their_own():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if self.training else x - 1
+
+    model = Model()
+    optimized = kpx.optimize(model)
+    for mode in (True, False, True):
+        optimized.train(mode)
+        assert model.training is mode
+        _same(optimized, model, X)
+    assert len(optimized._entries) == 2
+
+
+def test_new_shapes_dtypes_and_constants_compile_anew_and_are_kept():
+    class Model(torch.nn.Module):
+        def forward(self, x, n=1):
+            return x * n
+
+    model = Model()
+    optimized = kpx.optimize(model)
+    for inputs in ((X,), (X[:2],), (X.bfloat16(),), (X, 3), (X, 2.5), (X,), (X, 3)):
+        torch.testing.assert_close(optimized(*inputs), model(*inputs))
+    assert len(optimized._entries) == 5
+
+
+def test_true_and_one_are_different_constants():
+    class Model(torch.nn.Module):
+        def forward(self, x, flag):
+            return x if flag is True else x + 1
+
+    optimized = kpx.optimize(Model())
+    assert torch.equal(optimized(X, True), X)
+    assert torch.equal(optimized(X, 1), X + 1)
+
+
+def test_example_inputs_compile_at_once():
+    optimized = kpx.optimize(_model(), example_inputs=(X,))
+    assert len(optimized._entries) == 1
+    _same(optimized, _model(), X)
+    assert len(optimized._entries) == 1
+
+
+def test_inputs_of_any_layout_in_memory():
+    model = _model()
+    optimized = kpx.optimize(model)
+    for x in (X.T.contiguous().T, X[::2], X.flip(0)[1:], torch.randn(3, 9)[:, 1:], X[0].expand(3, 8), X[:0]):
+        _same(optimized, model, x)
+
+
+def test_an_input_changed_after_the_call_does_not_change_the_output():
+    optimized = kpx.optimize(torch.nn.Identity())
+    x = X.clone()
+    y = optimized(x)
+    x.zero_()
+    assert torch.equal(y, X)
+    y.add_(1)
+    assert torch.equal(x, torch.zeros_like(X))
+
+
+def test_conversion_shares_memory_both_ways():
+    x = torch.arange(64, dtype=torch.float32)
+    array = to_array(x, jax.devices("cpu")[0])
+    assert array.unsafe_buffer_pointer() == x.data_ptr() == to_tensor(array).data_ptr()
+
+
+def test_compiled_for_tensors_or_structs():
+    model = _model()
+    for spec in (X, jax.ShapeDtypeStruct((3, 8), "float32")):
+        compiled = kpx.compile(model, spec)
+        torch.testing.assert_close(compiled(X), model(X))
+        assert compiled.kernels == {"kpx.gelu": "decomposition (XLA)", "kpx.layer_norm": "decomposition (XLA)"}
+        assert compiled.memory.output_bytes == 48
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+
+def test_missing_ops_are_all_listed_with_their_modules():
+    class Inner(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.qr(x)[0]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Inner(), Inner()
+
+        def forward(self, x):
+            return torch.fft.fft(self.second(self.first(x)))
+
+    with pytest.raises(kpx.UnsupportedError) as error:
+        kpx.optimize(Model())(torch.eye(3))
+    message = str(error.value)
+    assert "2 op(s)" in message
+    assert "aten.linalg_qr.default: used by first, second" in message
+    assert "_fft_r2c" in message
+    assert "kpx.bridges.torch.lowers" in message
+
+
+def test_control_flow_on_a_value_gives_the_models_own_line():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            if x.sum() > 0:  # the line
+                return x
+            return -x
+
+    with pytest.raises(kpx.CaptureError) as error:
+        kpx.optimize(Model())(X)
+    assert "if x.sum() > 0:  # the line" in str(error.value)
+    assert "test_torch_module.py" in str(error.value)
+    assert "torch.where" in str(error.value)
+
+
+def test_an_error_of_the_model_itself_keeps_its_words_and_line():
+    with pytest.raises(kpx.CaptureError, match=r"\[3, 7\] X \[8, 16\]"):
+        kpx.optimize(_model())(torch.ones(3, 7))
+
+
+def test_active_dropout_is_refused_with_its_remedy():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).train()
+    with pytest.raises(kpx.UnsupportedError, match=r"training mode[^.]*`model\.eval\(\)`|model\.eval\(\)"):
+        kpx.optimize(model)(X)
+
+
+def test_a_changed_buffer_is_refused_not_dropped():
+    model = torch.nn.BatchNorm1d(8).train()
+    with pytest.raises(kpx.UnsupportedError, match=r"running_mean|batch_norm"):
+        kpx.optimize(model)(X)
+
+
+def test_a_tensor_that_requires_grad_is_refused():
+    with pytest.raises(kpx.InputError, match=r"requires grad.*float32\[3, 8\].*detach"):
+        kpx.optimize(_model())(X.clone().requires_grad_())
+
+
+def test_a_tensor_that_requires_grad_is_taken_without_grad_mode():
+    with torch.no_grad():
+        kpx.optimize(_model())(X.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (object(), "type `builtins.object`"),
+        (X.to("meta"), "A tensor on meta was given"),
+        (X.to_sparse(), "layout torch.sparse_coo"),
+        (torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "qint8"),
+    ],
+)
+def test_an_argument_that_cannot_be_taken_says_why(given, message):
+    with pytest.raises(kpx.InputError) as error:
+        kpx.optimize(_model())(given)
+    assert message in str(error.value)
+
+
+def test_a_compiled_signature_refuses_another():
+    compiled = kpx.compile(_model(), X)
+    for wrong in (X[:2], X.double(), X[0]):
+        with pytest.raises(kpx.InputError, match=r"compiled for \(float32\[3, 8\]\), and was called with"):
+            compiled(wrong)
+
+
+def test_named_inputs_in_place_of_positional_ones_are_pointed_at():
+    with pytest.raises(kpx.InputError, match="example_kwargs"):
+        kpx.optimize(_model(), example_inputs={"input": X})
+
+
+def test_an_absent_target_is_refused_before_anything_is_compiled():
+    with pytest.raises(kpx.TargetError, match="is not on this machine"):
+        kpx.optimize(_model(), target="cuda")
+
+
+def test_a_rule_that_gives_another_shape_than_pytorch_is_refused(monkeypatch):
+    monkeypatch.setitem(torch_module.as_jax_function.__globals__["RULES"], torch.ops.aten.tanh.default, lambda x: x[:1])
+    with pytest.raises(kpx.UnsupportedError, match=r"gave float32\[1, 8\] where PyTorch gives float32\[3, 8\]"):
+        kpx.optimize(torch.nn.Tanh())(X)
