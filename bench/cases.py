@@ -26,7 +26,9 @@ class Case:
     shape: str
     build: Callable[[bool], tuple[torch.nn.Module, dict[str, Any]]]
 
-    def make(self, *, small: bool = False, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, dict[str, Any]]:
+    def make(
+        self, *, small: bool = False, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The model in evaluation mode and its inputs, in a floating dtype."""
         torch.manual_seed(0)
         model, inputs = self.build(small)
@@ -49,7 +51,9 @@ def _minilm(small):
 def _bert(small):
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128} if small else {}
+    sizes = (
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128} if small else {}
+    )
     batch, length = (2, 16) if small else (8, 128)
     mask = torch.ones(batch, length, dtype=torch.int64)
     if small:
@@ -84,12 +88,20 @@ def _vit(small):
     from transformers import ViTConfig, ViTForImageClassification
 
     sizes = (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "image_size": 64}
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "image_size": 64,
+        }
         if small
         else {}
     )
     side = 64 if small else 224
-    return ViTForImageClassification(ViTConfig(**sizes)), {"pixel_values": torch.randn(2 if small else 4, 3, side, side)}
+    return ViTForImageClassification(ViTConfig(**sizes)), {
+        "pixel_values": torch.randn(2 if small else 4, 3, side, side)
+    }
 
 
 def _resnet(small):

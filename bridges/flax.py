@@ -68,7 +68,7 @@ class OptimizedModel:
         return getattr(self.__dict__["_model"], name)
 
     def __call__(self, *args, **kwargs):
-        leaves, tree = jax.tree.flatten((args, kwargs))
+        leaves, tree = _flatten(args, kwargs)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self._model(*args, **kwargs)
         key = self._key(leaves, tree)
@@ -77,19 +77,18 @@ class OptimizedModel:
         program, out_tree = self._programs[key]
         weights = jax.tree.leaves(self._split()[1])
         loaded = self._loaded.get(key)
-        if loaded is None or len(loaded) != len(weights) or any(a is not b for a, b in zip(loaded, weights, strict=True)):
+        if (
+            loaded is None
+            or len(loaded) != len(weights)
+            or any(a is not b for a, b in zip(loaded, weights, strict=True))
+        ):
             program.load([_raw(w) for w in weights])
             self._loaded[key] = weights
         return jax.tree.unflatten(out_tree, program.run(*(_raw(_array(leaf)) for leaf in leaves)))
 
     def compile_for(self, args: Sequence, kwargs: Mapping[str, Any]) -> Compiled:
         """Compiles for inputs (arrays or structs) now."""
-        leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
-        for leaf in leaves:
-            if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
-                raise InputError(
-                    f"An argument of type `{type(leaf).__qualname__}` was given. Pass arrays, numbers, and pytrees of them."
-                )
+        leaves, tree = _flatten(tuple(args), dict(kwargs))
         avals = [jax.typeof(_array(leaf)) for leaf in leaves]
         definition, weights = self._split()
         flat_weights, weights_tree = jax.tree.flatten(weights)
@@ -117,7 +116,7 @@ class OptimizedModel:
         return compiled
 
     def _call_exactly(self, key: Any, *args, **kwargs):
-        if self._key(*jax.tree.flatten((args, kwargs))) != key:
+        if self._key(*_flatten(args, kwargs)) != key:
             raise InputError(
                 "The arguments' shapes or dtypes are not those this was compiled for. Call it with the same, or use "
                 "`kpx.optimize(model)`, which compiles anew."
@@ -145,6 +144,16 @@ class OptimizedModel:
 
             return call
         return lambda *args, **kwargs: (definition.apply(weights, *args, **kwargs), jax.tree.leaves(weights))
+
+
+def _flatten(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    for leaf in leaves:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            raise InputError(
+                f"An argument of type `{type(leaf).__qualname__}` was given. Pass arrays, numbers, and pytrees of them."
+            )
+    return leaves, tree
 
 
 def _array(leaf: Any) -> Any:

@@ -34,9 +34,7 @@ def _attention(query, key, value, *mask, scale, causal):
     total = jnp.sum(weights, -1, keepdims=True)
     weights = weights / jnp.where(total == 0, np.asarray(1, dtype), total)
     weights = weights.reshape(*query.shape[:-1], kv_length).astype(value.dtype)
-    out = jax.lax.dot_general(
-        weights, value, (((last,), (last - 1,)), (batch, batch)), preferred_element_type=dtype
-    )
+    out = jax.lax.dot_general(weights, value, (((last,), (last - 1,)), (batch, batch)), preferred_element_type=dtype)
     return out.reshape(*lead, heads, length, value.shape[-1]).astype(query.dtype)
 
 

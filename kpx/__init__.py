@@ -6,10 +6,10 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "bridges").is_dir():
     __path__.append(str(_Path(__file__).resolve().parents[1]))
 
-from kpx._version import __version__  # noqa: E402, F401
-from kpx.api import compile, jit, optimize  # noqa: E402
-from kpx.config import Config  # noqa: E402
-from kpx.errors import (  # noqa: E402
+from kpx._version import __version__  # noqa: F401
+from kpx.api import compile, jit, optimize
+from kpx.config import Config
+from kpx.errors import (
     CaptureError,
     CompileError,
     ConfigError,
@@ -20,8 +20,8 @@ from kpx.errors import (  # noqa: E402
     TargetError,
     UnsupportedError,
 )
-from kpx.runtime.compiled import Compiled  # noqa: E402
-from kpx.targets.target import Target  # noqa: E402
+from kpx.runtime.compiled import Compiled
+from kpx.targets.target import Target
 
 __all__ = [
     "CaptureError",

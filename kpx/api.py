@@ -171,10 +171,18 @@ def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> N
                 continue
         if hasattr(leaf, "__jax_array__") or isinstance(leaf, jax.core.Tracer):
             continue
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not type(leaf).__module__.startswith(("torch", "numpy")):
+        if (
+            hasattr(leaf, "shape")
+            and hasattr(leaf, "dtype")
+            and not type(leaf).__module__.startswith(("torch", "numpy"))
+        ):
             continue
         where = jax.tree_util.keystr(path[1:])
-        what = f"{leaf.dtype} array" if isinstance(leaf, np.ndarray) else f"`{type(leaf).__module__}.{type(leaf).__qualname__}`"
+        what = (
+            f"{leaf.dtype} array"
+            if isinstance(leaf, np.ndarray)
+            else f"`{type(leaf).__module__}.{type(leaf).__qualname__}`"
+        )
         raise InputError(
             f"Argument {where} is a {what}. A compiled function takes arrays and numbers, and pytrees of them; "
             "convert it with `jax.numpy.asarray(x)`, or name it in `static_argnames`."
@@ -211,9 +219,7 @@ def compile(
     specs, named_specs = jax.tree.map(_struct, (specs, named_specs))
     lowered, context = jitted._lower(specs, named_specs)
     executable = compile_lowered(lowered, jitted._target, config)
-    return Compiled(
-        _checked(executable), executable, lowered.compiler_ir("stablehlo"), context, jitted._target
-    )
+    return Compiled(_checked(executable), executable, lowered.compiler_ir("stablehlo"), context, jitted._target)
 
 
 def _struct(spec: Any) -> Any:
@@ -236,5 +242,3 @@ def _checked(executable: jax.stages.Compiled) -> Callable:
             ) from None
 
     return call
-
-

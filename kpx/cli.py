@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 
 from kpx._version import __version__
 from kpx.errors import KpxError
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = _command(options.command)
             result = module.run(progress) if options.command == "demo" else module.examine()
     except KpxError as error:
-        progress.print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        progress.print(f"[red]{type(error).__name__}:[/red] {escape(str(error))}", highlight=False)
         return 1
     if options.json:
         print(json.dumps(result, indent=2))

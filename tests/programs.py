@@ -109,9 +109,7 @@ class Program:
             result[d] = n if n != 1 else int(self.rng.integers(1, 4))
         if np.prod(result) > 512:
             return
-        self.emit(
-            result, f"stablehlo.broadcast_in_dim {name}, dims = {along} : ({tensor(shape)}) -> {tensor(result)}"
-        )
+        self.emit(result, f"stablehlo.broadcast_in_dim {name}, dims = {along} : ({tensor(shape)}) -> {tensor(result)}")
 
     def reduce(self):
         name, shape = self.pick()

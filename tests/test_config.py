@@ -50,7 +50,9 @@ def test_variables_override_fields():
     assert config == kpx.Config(level="none", prepare=False, disable=("a", "b"), cache_dir="/x", verify_each=True)
 
 
-@pytest.mark.parametrize("variable, value", [("KPX_LEVEL", "max"), ("KPX_PREPARE", "maybe"), ("KPX_MATMUL_PRECISION", "x")])
+@pytest.mark.parametrize(
+    "variable, value", [("KPX_LEVEL", "max"), ("KPX_PREPARE", "maybe"), ("KPX_MATMUL_PRECISION", "x")]
+)
 def test_a_variable_with_a_bad_value_is_refused(variable, value, monkeypatch):
     monkeypatch.setenv(variable, value)
     with pytest.raises(kpx.ConfigError, match=value):

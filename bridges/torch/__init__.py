@@ -42,7 +42,9 @@ def optimize(
     return optimized
 
 
-def compile(model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any], target: Target, config: Config) -> Compiled:
+def compile(
+    model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any], target: Target, config: Config
+) -> Compiled:
     """See `kpx.compile`."""
     optimized = optimize(model, None, None, target, config)
     return optimized.compile_for([example(a) for a in args], {k: example(v) for k, v in kwargs.items()})

@@ -93,8 +93,10 @@ def result_type(*args) -> np.dtype:
 
 def _widen(dtype: torch.dtype, scalar: torch.dtype) -> torch.dtype:
     if scalar.is_complex and dtype.is_floating_point:
-        return torch.promote_types(dtype, torch.complex32) if dtype is torch.float16 else (
-            torch.complex128 if dtype is torch.float64 else torch.complex64
+        return (
+            torch.promote_types(dtype, torch.complex32)
+            if dtype is torch.float16
+            else (torch.complex128 if dtype is torch.float64 else torch.complex64)
         )
     return scalar
 

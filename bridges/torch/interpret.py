@@ -47,9 +47,11 @@ def check_supported(program: torch.export.ExportedProgram) -> None:
                 paths.append(path)
     if missing:
         lines = [f"  {op}: used by {_listed(paths)}" for op, paths in sorted(missing.items())]
-        hint = "\nThe model is in training mode: `model.eval()` may remove some of them." if any(
-            word in op for op in missing for word in ("dropout", "bernoulli", "batch_norm", "rand")
-        ) else ""
+        hint = (
+            "\nThe model is in training mode: `model.eval()` may remove some of them."
+            if any(word in op for op in missing for word in ("dropout", "bernoulli", "batch_norm", "rand"))
+            else ""
+        )
         raise UnsupportedError(
             f"The model uses {len(missing)} op(s) that kpx has no lowering rule for:\n"
             + "\n".join(lines)
@@ -107,9 +109,7 @@ def as_jax_function(program: torch.export.ExportedProgram) -> Callable[[list, li
 
     def fn(weight_arrays: list, input_arrays: list) -> list:
         env: dict[torch.fx.Node, Any] = {}
-        given = dict(zip(weights, weight_arrays, strict=True)) | dict(
-            zip(tensor_inputs, input_arrays, strict=True)
-        )
+        given = dict(zip(weights, weight_arrays, strict=True)) | dict(zip(tensor_inputs, input_arrays, strict=True))
         for node in graph.nodes:
             if node.op == "placeholder":
                 env[node] = given.get(node.name)
@@ -167,11 +167,7 @@ def _described(args) -> str:
 def _check(node: torch.fx.Node, result: Any) -> None:
     """A rule that gives another shape or dtype than PyTorch is a bug here, never a wrong number."""
     expected = node.meta.get("val")
-    pairs = (
-        zip(expected, result, strict=False)
-        if isinstance(expected, (list, tuple))
-        else [(expected, result)]
-    )
+    pairs = zip(expected, result, strict=False) if isinstance(expected, (list, tuple)) else [(expected, result)]
     for e, r in pairs:
         if not isinstance(e, torch.Tensor):
             continue

@@ -108,7 +108,9 @@ class LiveWeights:
         self._versions = list(map(_version, self._watched))
         chosen = random.Random(0)
         self._samples = [
-            (memoryview(flat.numpy()), chosen.randrange(flat.numel())) for t in self._watched if (flat := _bits(t)).numel()
+            (memoryview(flat.numpy()), chosen.randrange(flat.numel()))
+            for t in self._watched
+            if (flat := _bits(t)).numel()
         ]
         self._sampled = [view[i] for view, i in self._samples]
         return arrays

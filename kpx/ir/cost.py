@@ -121,6 +121,6 @@ def _trip_count(op: Any) -> int:
     if end is None and isinstance(compare.rhs, ir.BlockArgument):
         end = splat(op.operands[ir.BlockArgument(compare.rhs).arg_number])
     start = splat(op.operands[ir.BlockArgument(counter).arg_number])
-    if start is None or end is None or producer(op.operands[0]) is None and not len(op.operands):
+    if start is None or end is None or (producer(op.operands[0]) is None and not len(op.operands)):
         return 1
     return max(int(end) - int(start), 0)

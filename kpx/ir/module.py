@@ -393,9 +393,7 @@ def reshape(value: Value, dims: Sequence[int]) -> Value:
 
 def broadcast(value: Value, dims: Sequence[int], along: Sequence[int]) -> Value:
     """`value` repeated to shape `dims`, its dimension `i` becoming `along[i]`."""
-    return stablehlo.broadcast_in_dim(
-        tensor(dims, tensor_type(value).element_type), value, i64_array(along)
-    )
+    return stablehlo.broadcast_in_dim(tensor(dims, tensor_type(value).element_type), value, i64_array(along))
 
 
 def convert(value: Value, element: Any) -> Value:
@@ -421,4 +419,3 @@ def rebuild(op: Any, operands: Sequence[Value], types: Sequence[ir.Type] | None 
         operands=list(operands),
         attributes=attributes,
     )
-

@@ -6,6 +6,7 @@ import platform
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kpx.errors import KpxError
@@ -109,7 +110,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         table.add_column(column, justify=justify)
     for name, way in result["ways"].items():
         if "failed" in way:
-            table.add_row(name, f"[red]{way['failed']}[/red]", "", "", "", "")
+            table.add_row(name, f"[red]{escape(way['failed'])}[/red]", "", "", "", "")
             continue
         table.add_row(
             f"[bold]{name}[/bold]" if name == "kpx" else name,

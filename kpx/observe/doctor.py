@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # Package -> what it gives, and the extra that brings it ("" for what kpx itself needs).
@@ -38,7 +39,9 @@ def examine() -> dict[str, Any]:
             found = None
         packages.append({"name": name, "version": found, "gives": gives, "install": None if found else install})
         if found and (wanted := _range(name)) and not _within(found, wanted):
-            problems.append({"problem": f"{name} {found} is outside {wanted}", "remedy": f"pip install '{name}{wanted}'"})
+            problems.append(
+                {"problem": f"{name} {found} is outside {wanted}", "remedy": f"pip install '{name}{wanted}'"}
+            )
     if shutil.which("c++") is None and shutil.which("g++") is None:
         problems.append(
             {"problem": "no C++ compiler: torch.compile cannot run beside kpx", "remedy": "apt-get install g++"}
@@ -88,12 +91,12 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for column in ("package", "version", "for", "to install"):
         table.add_column(column)
     for p in result["packages"]:
-        table.add_row(p["name"], p["version"] or "[yellow]missing[/yellow]", p["gives"], p["install"] or "")
+        table.add_row(p["name"], p["version"] or "[yellow]missing[/yellow]", p["gives"], escape(p["install"] or ""))
     console.print(table)
     for device in result["devices"]:
         cores = f", {device['cores']} cores" if device["cores"] else ""
         console.print(f"Device: {device['platform']} ({device['kind']}{cores})")
     for problem in result["problems"]:
-        console.print(f"[yellow]{problem['problem']}[/yellow]: `{problem['remedy']}`")
+        console.print(f"[yellow]{escape(problem['problem'])}[/yellow]: `{escape(problem['remedy'])}`")
     if not result["problems"]:
         console.print("Nothing is wrong.")

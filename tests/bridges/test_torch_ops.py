@@ -186,7 +186,11 @@ SAMPLES = {
     aten.adaptive_avg_pool2d.default: [(IMAGE, [1, 1]), (IMAGE, [3, 4]), (IMAGE, [4, 5])],
 }  # fmt: skip
 
-CASES = [(op, *(s if len(s) == 2 and isinstance(s[1], dict) else (s, {}))) for op, samples in SAMPLES.items() for s in samples]
+CASES = [
+    (op, *(s if len(s) == 2 and isinstance(s[1], dict) else (s, {})))
+    for op, samples in SAMPLES.items()
+    for s in samples
+]
 
 
 class _Call(torch.nn.Module):
@@ -202,7 +206,7 @@ class _Call(torch.nn.Module):
         return self.op(*args, **self.kwargs)
 
 
-@pytest.mark.parametrize("op, args, kwargs", CASES, ids=[f"{str(op)}-{i}" for i, (op, *_) in enumerate(CASES)])
+@pytest.mark.parametrize("op, args, kwargs", CASES, ids=[f"{op!s}-{i}" for i, (op, *_) in enumerate(CASES)])
 def test_an_op_gives_what_pytorch_gives(op, args, kwargs):
     tensors = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
     wanted = torch.utils._pytree.tree_leaves(op(*args, **kwargs))

@@ -272,4 +272,3 @@ def dropout(x, p, train):
             "lower random ops yet. Call `model.eval()` first."
         )
     return x
-

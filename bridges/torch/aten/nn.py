@@ -24,9 +24,7 @@ def _sum_dtype(dtype):
 @lowers(aten.linear.default)
 def linear(x, weight, bias=None):
     wide = _sum_dtype(x.dtype)
-    y = jax.lax.dot_general(
-        x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())), preferred_element_type=wide
-    )
+    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())), preferred_element_type=wide)
     return (y if bias is None else y + bias.astype(wide)).astype(x.dtype)
 
 
@@ -161,18 +159,14 @@ def _window(x, kernel, stride, padding, dilation, ceil_mode):
 def max_pool2d(x, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False):
     kernel = _tuple(kernel_size, 2)
     stride = _tuple(stride, 2) if stride else kernel
-    window, strides, dilations, pads = _window(
-        x, kernel, stride, _tuple(padding, 2), _tuple(dilation, 2), ceil_mode
-    )
+    window, strides, dilations, pads = _window(x, kernel, stride, _tuple(padding, 2), _tuple(dilation, 2), ceil_mode)
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     low = jnp.asarray(-jnp.inf if floating else jnp.iinfo(x.dtype).min, x.dtype)
     return jax.lax.reduce_window(x, low, jax.lax.max, window, strides, pads, None, dilations)
 
 
 @lowers(aten.avg_pool2d.default)
-def avg_pool2d(
-    x, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
-):
+def avg_pool2d(x, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
     kernel = _tuple(kernel_size, 2)
     stride = _tuple(stride, 2) if stride else kernel
     padding = _tuple(padding, 2)

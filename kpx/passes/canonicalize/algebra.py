@@ -591,9 +591,7 @@ def reduce_of_transpose(op):
     left = [d for i, d in enumerate(order) if i not in dims]
     if left != sorted(left):
         return None
-    return _reduced(
-        kind, inner.operand, op.init_values[0], sorted(order[d] for d in dims), op.results[0].type
-    )
+    return _reduced(kind, inner.operand, op.init_values[0], sorted(order[d] for d in dims), op.results[0].type)
 
 
 @rewrite(stablehlo.CaseOp, stablehlo.IfOp, exact=True)

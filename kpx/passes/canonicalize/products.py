@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kpx.ir import module as m
 from kpx.ir.module import integers, producer, stablehlo
 from kpx.ir.rewrite import rewrite
 

@@ -226,9 +226,7 @@ def pad_of_pad(op):
     if any(integers(inner.interior_padding)) or any(integers(op.interior_padding)) or min(map(min, edges)) < 0:
         return None
     low, high = ([a + b for a, b in zip(x, y, strict=True)] for x, y in ((edges[0], edges[2]), (edges[1], edges[3])))
-    return stablehlo.pad(
-        inner.operand, op.padding_value, m.i64_array(low), m.i64_array(high), op.interior_padding
-    )
+    return stablehlo.pad(inner.operand, op.padding_value, m.i64_array(low), m.i64_array(high), op.interior_padding)
 
 
 @rewrite(stablehlo.ConcatenateOp, exact=True)
