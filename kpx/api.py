@@ -166,16 +166,7 @@ def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> N
     dynamic = [a if i not in statics else None for i, a in enumerate(args)]
     named = {k: v for k, v in kwargs.items() if k not in names}
     for path, leaf in jax.tree_util.tree_leaves_with_path((dynamic, named)):
-        if isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)):
-            if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "OSUMm":
-                continue
-        if hasattr(leaf, "__jax_array__") or isinstance(leaf, jax.core.Tracer):
-            continue
-        if (
-            hasattr(leaf, "shape")
-            and hasattr(leaf, "dtype")
-            and not type(leaf).__module__.startswith(("torch", "numpy"))
-        ):
+        if _is_array_or_number(leaf):
             continue
         where = jax.tree_util.keystr(path[1:])
         what = (
@@ -187,6 +178,15 @@ def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> N
             f"Argument {where} is a {what}. A compiled function takes arrays and numbers, and pytrees of them; "
             "convert it with `jax.numpy.asarray(x)`, or name it in `static_argnames`."
         )
+
+
+def _is_array_or_number(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind not in "OSUMm"
+    if isinstance(leaf, (jax.Array, np.generic, bool, int, float, complex, jax.core.Tracer)):
+        return True
+    foreign = type(leaf).__module__.partition(".")[0] == "torch"
+    return hasattr(leaf, "__jax_array__") or (hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not foreign)
 
 
 def compile(

@@ -15,7 +15,7 @@ def random_arguments(module, seed: int) -> list[np.ndarray]:
 
 def random_array(rng, shape, dtype) -> np.ndarray:
     dtype = np.dtype(dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         return rng.random(shape) < 0.5
     if dtype.kind in "iu":
         return rng.integers(0 if dtype.kind == "u" else -4, 5, shape).astype(dtype)

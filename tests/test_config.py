@@ -30,7 +30,7 @@ def test_a_value_that_is_not_allowed_is_refused(fields, message):
 
 
 def test_something_else_in_place_of_a_config_is_refused():
-    with pytest.raises(kpx.ConfigError, match="is not a kpx.Config"):
+    with pytest.raises(kpx.ConfigError, match=r"is not a kpx\.Config"):
         kpx.jit(lambda x: x, config={"level": "none"})
 
 

@@ -7,7 +7,7 @@ the process, so whoever holds an op holds its module.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -20,8 +20,7 @@ from kpx.errors import KpxError, RewriteError
 
 __all__ = ["chlo", "func", "ir", "stablehlo"]
 
-Value = ir.Value
-Operation = ir.Operation
+Value: TypeAlias = ir.Value
 
 _DTYPES: dict[str, np.dtype] = {
     "f64": np.dtype(np.float64),

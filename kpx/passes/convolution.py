@@ -28,14 +28,11 @@ def _channels_last():
     return stablehlo.ConvDimensionNumbers.get(0, 3, [1, 2], 2, 3, [0, 1], 0, 3, [1, 2])
 
 
-def _convolve(lhs, rhs, result_type, like, numbers, **changes):
-    fields = dict(
-        window_strides=like.window_strides, padding=like.padding, lhs_dilation=like.lhs_dilation,
-        rhs_dilation=like.rhs_dilation, window_reversal=like.window_reversal,
-        precision_config=like.precision_config,
-    )  # fmt: skip
+def _convolve(lhs, rhs, result_type, like, numbers):
+    fields = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "window_reversal", "precision_config")
+    kept = {name: getattr(like, name) for name in fields}
     return stablehlo.convolution(
-        result_type, lhs, rhs, numbers, like.feature_group_count, like.batch_group_count, **{**fields, **changes}
+        result_type, lhs, rhs, numbers, like.feature_group_count, like.batch_group_count, **kept
     )
 
 
@@ -230,7 +227,7 @@ def depthwise_convolution_as_shifts(op):
           return %0 : tensor<1x4x3x4xf32>
         }
     """
-    n, height, width, channels = m.shape(op.lhs) if m.rank(op.lhs) == 4 else (0,) * 4
+    n, _, _, channels = m.shape(op.lhs) if m.rank(op.lhs) == 4 else (0,) * 4
     if not _plain(op) or op.feature_group_count.value != channels or m.shape(op.rhs)[3] != channels:
         return None
     if channels == 1 or m.element_type(op.lhs) != m.element_type(op.result):

@@ -76,8 +76,8 @@ def dispatcher(name: str, function: Callable, miss: Callable, jitted: Callable) 
 
 def _fast_path(compiled: Any, outputs: Any) -> Any:
     """What JAX's dispatcher needs to run an executable by itself, or None where it must not."""
-    executable = getattr(compiled, "_executable", None)
-    run = getattr(executable, "unsafe_call", None)
+    executable: Any = getattr(compiled, "_executable", None)
+    run: Any = getattr(executable, "unsafe_call", None)
     if not isinstance(run, _pxla.ExecuteReplicated) or executable._mut:
         return None
     if run.ordered_effects or run.has_unordered_effects or run.has_host_callbacks:

@@ -125,9 +125,9 @@ for _name, _function in {"and": jnp.bitwise_and, "or": jnp.bitwise_or, "xor": jn
     _op = getattr(aten, f"bitwise_{_name}")
     lowers(_op.Tensor, _op.Scalar)(_bitwise)
 
-for _name in ("and", "or", "xor"):
+for _name, _function in {"and": jnp.logical_and, "or": jnp.logical_or, "xor": jnp.logical_xor}.items():
 
-    def _logical(x, y, _function=getattr(jnp, f"logical_{_name}")):
+    def _logical(x, y, _function=_function):
         return _function(x, y)
 
     lowers(getattr(aten, f"logical_{_name}").default)(_logical)

@@ -63,6 +63,16 @@ def _moved(op, array: np.ndarray, dims) -> np.ndarray:
     return np.broadcast_to(array.transpose(order).reshape(padded), dims)
 
 
+def _all_known(op) -> list[np.ndarray] | None:
+    arrays = []
+    for operand in op.operands:
+        array = known(operand)
+        if array is None:
+            return None
+        arrays.append(array)
+    return arrays
+
+
 def _foldable(value) -> bool:
     return m.is_integer(value) and m.element_type(value) not in ("i4", "ui4", "i2", "ui2")
 
@@ -92,12 +102,12 @@ def fold_integers(op):
     """
     if not _foldable(op.result):
         return None
-    arrays = [known(o) for o in op.operands]
-    if any(a is None for a in arrays):
+    arrays = _all_known(op)
+    if arrays is None:
         return None
     function = _BINARY.get(type(op)) or _UNARY[type(op)]
     kind = arrays[0].dtype
-    if kind == bool and type(op) in (stablehlo.AddOp, stablehlo.SubtractOp, stablehlo.MulOp, stablehlo.NegOp):
+    if kind.kind == "b" and type(op) in (stablehlo.AddOp, stablehlo.SubtractOp, stablehlo.MulOp, stablehlo.NegOp):
         return None
     with np.errstate(over="ignore"):
         return m.constant(function(*arrays).astype(kind))
@@ -168,7 +178,7 @@ def fold_convert(op):
         return None
     if _foldable(op.result) and _foldable(op.operand):
         array = known(op.operand)
-        return None if array is None else m.constant((array != 0) if target == bool else array.astype(target))
+        return None if array is None else m.constant((array != 0) if target.kind == "b" else array.astype(target))
     number = splat(op.operand)
     if number is None or not m.is_float(op.result):
         return None  # a float made an integer may overflow, which each target defines for itself
@@ -236,8 +246,8 @@ def fold_select(op):
     """
     if not _foldable(op.result):
         return None
-    arrays = [known(o) for o in op.operands]
-    return None if any(a is None for a in arrays) else m.constant(np.where(*arrays))
+    arrays = _all_known(op)
+    return None if arrays is None else m.constant(np.where(arrays[0], arrays[1], arrays[2]))
 
 
 @rewrite(
@@ -269,8 +279,8 @@ def fold_movement(op):
         return m.like(op.result, n)
     if not _foldable(op.results[0]) or isinstance(op, stablehlo.BroadcastInDimOp):
         return None
-    arrays = [known(o) for o in op.operands]
-    if any(a is None for a in arrays):
+    arrays = _all_known(op)
+    if arrays is None:
         return None
     if isinstance(op, stablehlo.ConcatenateOp):
         return m.constant(np.concatenate(arrays, op.dimension.value))

@@ -280,8 +280,10 @@ def concatenate_of_concatenate(op):
     parts, flat = list(op.inputs), []
     for part in parts:
         inner = producer(part, stablehlo.ConcatenateOp)
-        joins = inner is not None and inner.dimension.value == op.dimension.value and m.has_one_use(part)
-        flat += list(inner.inputs) if joins else [part]
+        if inner is not None and inner.dimension.value == op.dimension.value and m.has_one_use(part):
+            flat += list(inner.inputs)
+        else:
+            flat.append(part)
     return stablehlo.concatenate(flat, op.dimension.value) if len(flat) > len(parts) else None
 
 
@@ -356,8 +358,8 @@ def dynamic_slice_at_constants(op):
           return %0 : tensor<4xf32>
         }
     """
-    given = [splat(i) for i in op.start_indices]
-    if any(g is None for g in given):
+    given = [g for i in op.start_indices if (g := splat(i)) is not None]
+    if len(given) < len(list(op.start_indices)):
         return None
     sizes = m.shape(op.result)
     limits = zip(given, sizes, m.shape(op.operand), strict=True)

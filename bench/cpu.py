@@ -1,0 +1,182 @@
+"""Each case against its peers on the CPU: `python -m bench.cpu [--json FILE] [CASE ...]`.
+
+All ways of running a case are timed in turn within one process, so that noise hits all alike; figures are
+medians, and ratios are taken within the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import platform
+import statistics
+import sys
+import warnings
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.cases import CASES, Case
+from bench.peers import PEERS, optimized
+from kpx.observe.demo import versions
+from kpx.observe.timing import interleaved, once
+
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def measure(case: Case, dtype: torch.dtype, rounds: int, peers: dict[str, Any], small: bool) -> dict[str, Any]:
+    """First-call and median seconds of each peer on a case, and its distance from eager's outputs."""
+    model, inputs = case.make(small=small, dtype=dtype)
+    if "input" in inputs:  # models of one positional input
+        model, inputs = _Named(model), {"x": inputs["input"]}
+    rows: dict[str, Any] = {}
+    calls = {}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, build in peers.items():
+            calls_made: list[Any] = []
+
+            def first(build=build, calls_made=calls_made):
+                call = build(model, inputs)
+                call()
+                calls_made.append(call)
+
+            try:
+                seconds = once(first)
+            except Exception as error:  # each peer fails with types of its own, and the table says so
+                rows[name] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"}
+                continue
+            rows[name] = {"first_call_seconds": seconds}
+            calls[name] = calls_made[0]
+        interleaved(calls, 1)
+        for name, seconds in interleaved(calls, rounds).items():
+            rows[name]["median_seconds"] = seconds
+    gc.collect()
+    return rows
+
+
+class _Named(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def ratios(rows: dict[str, Any]) -> dict[str, float]:
+    """How many times faster kpx is than each peer, and its first call's share of torch.compile's."""
+    ours = rows["kpx"]
+    if "failed" in ours:
+        return {}
+    found = {
+        f"over {name}": row["median_seconds"] / ours["median_seconds"]
+        for name, row in rows.items()
+        if "failed" not in row and name != "kpx"
+    }
+    if "failed" not in rows.get("torch.compile", {"failed": ""}):
+        found["first call / torch.compile's"] = ours["first_call_seconds"] / rows["torch.compile"]["first_call_seconds"]
+    return found
+
+
+def dot_limit(dtype: torch.dtype) -> dict[str, float]:
+    """GFLOP/s of a 1024 x 1024 x 1024 product in this run, by PyTorch and by XLA: what bounds a transformer."""
+    import jax
+
+    from kpx.bridges.torch.tensors import to_array
+
+    a = torch.randn(1024, 1024).to(dtype)
+    array = to_array(a, jax.devices("cpu")[0])
+    product = jax.jit(lambda x: jax.numpy.matmul(x, x, preferred_element_type="float32")).lower(array).compile()
+    calls = {"torch": lambda: a @ a, "XLA": lambda: product(array).block_until_ready()}
+    interleaved(calls, 3)
+    return {name: 2 * 1024**3 / seconds / 1e9 for name, seconds in interleaved(calls, 21).items()}
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Prints the figures as a table a dtype."""
+    for dtype, cases in result["cases"].items():
+        limit = ", ".join(f"{k} {v:.0f}" for k, v in result["dot_gflops"][dtype].items())
+        table = Table(title=f"{dtype}: median ms (first call s); a 1024^3 product: {limit} GFLOP/s")
+        table.add_column("case")
+        names = list(next(iter(cases.values())))
+        for name in names:
+            table.add_column(name, justify="right")
+        table.add_column("kpx over torch.compile", justify="right")
+        for case, rows in cases.items():
+            cells = [
+                "failed" if "failed" in r else f"{r['median_seconds'] * 1e3:.1f} ({r['first_call_seconds']:.1f})"
+                for r in rows.values()
+            ]
+            ratio = result["ratios"][dtype][case].get("over torch.compile")
+            table.add_row(case, *cells, f"{ratio:.2f}x" if ratio else "-")
+        console.print(table)
+        for case, rows in cases.items():
+            for name, row in rows.items():
+                if "failed" in row:
+                    console.print(f"[yellow]{case}, {name}:[/yellow] {row['failed']}", markup=True, highlight=False)
+    console.print(
+        f"[dim]{result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; "
+        f"{result['rounds']} rounds, interleaved[/dim]"
+    )
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.cpu", description=__doc__)
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--dtype", choices=[*_DTYPES, "both"], default="f32")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated; default: all")
+    parser.add_argument("--high", action="store_true", help="also kpx with matmul_precision='high'")
+    parser.add_argument("--small", action="store_true", help="the small versions that tests use")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    peers = {name: PEERS[name] for name in options.peers.split(",")}
+    if options.high:
+        peers["kpx (high)"] = functools.partial(optimized, matmul_precision="high")
+    dtypes = list(_DTYPES) if options.dtype == "both" else [options.dtype]
+    cases = options.cases or list(CASES)
+    result: dict[str, Any] = {
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "rounds": options.rounds,
+        "dot_gflops": {},
+        "cases": {},
+        "ratios": {},
+    }
+    progress_console = Console(stderr=True)
+    with Progress(console=progress_console) as progress:
+        task = progress.add_task("", total=len(dtypes) * len(cases))
+        for dtype in dtypes:
+            result["dot_gflops"][dtype] = dot_limit(_DTYPES[dtype])
+            rows = result["cases"].setdefault(dtype, {})
+            for name in cases:
+                progress.update(task, description=f"{name}, {dtype}")
+                rows[name] = measure(CASES[name], _DTYPES[dtype], options.rounds, peers, options.small)
+                progress.advance(task)
+            result["ratios"][dtype] = {name: ratios(row) for name, row in rows.items()} if "kpx" in peers else {}
+    overs = [r["over torch.compile"] for d in result["ratios"].values() for r in d.values() if "over torch.compile" in r]
+    if overs:
+        result["geometric_mean_over_torch_compile"] = statistics.geometric_mean(overs)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(result, file, indent=2)
+    show(Console(), result)
+    return 0
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

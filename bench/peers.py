@@ -1,0 +1,112 @@
+"""The peers: each turns a model and its inputs into something to call, or says why it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import torch
+
+import kpx
+
+Call = Callable[[], Any]
+
+
+def eager(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
+    """PyTorch as it comes."""
+    return lambda: model(**inputs)
+
+
+def compiled_by_torch(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
+    """torch.compile, with its defaults."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    return lambda: compiled(**inputs)
+
+
+def optimized(model: torch.nn.Module, inputs: dict[str, Any], **config) -> Call:
+    """kpx.optimize."""
+    ours = kpx.optimize(model, config=kpx.Config(**config))
+    return lambda: ours(**inputs)
+
+
+def plain_xla(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
+    """jax.jit of the function that the bridge makes of the model: no rewrite, nothing prepared, JAX's defaults."""
+    from kpx.bridges.torch.capture import capture
+    from kpx.bridges.torch.interpret import as_jax_function, weight_names
+    from kpx.bridges.torch.tensors import LiveWeights, to_array
+
+    device = jax.devices("cpu")[0]
+    program = capture(model, (), inputs)
+    function = as_jax_function(program)
+    names = [name for _, name in weight_names(program)]
+    weights = LiveWeights(model, names, dict(program.constants)).read(device, ())
+    arrays = [to_array(t, device) for t in inputs.values()]
+    jitted = jax.jit(lambda w, a: [r for r in function(w, a) if isinstance(r, jax.Array)])
+
+    def call():
+        with jax.enable_x64(True):
+            return jax.block_until_ready(jitted(weights, arrays))
+
+    return call
+
+
+def _onnx(model: torch.nn.Module, inputs: dict[str, Any], folder: str) -> str:
+    """The model as an ONNX file."""
+    path = os.path.join(folder, "model.onnx")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (), path, kwargs=inputs, dynamo=True, verbose=False)
+    return path
+
+
+def onnx_runtime(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
+    """ONNX Runtime on the CPU, all its graph optimizations on."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            _onnx(model, inputs, folder), options, providers=["CPUExecutionProvider"]
+        )
+    wanted = [i.name for i in session.get_inputs()]
+    if any(t.dtype == torch.bfloat16 for t in inputs.values()):
+        raise NotImplementedError("ONNX Runtime takes no bf16 inputs from numpy")
+    arrays = dict(zip(wanted, (t.numpy() for t in inputs.values()), strict=False))
+    return lambda: session.run(None, arrays)
+
+
+def openvino(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
+    """OpenVINO on the CPU, told to compute in the model's own precision."""
+    import openvino as ov
+
+    dtype = next(model.parameters()).dtype
+    precision = {"INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
+    with tempfile.TemporaryDirectory() as folder:
+        # OpenVINO computes in bf16 by its hint; it is given the f32 model, as its own documentation has it.
+        wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        converted = ov.convert_model(_onnx(model.float(), wide, folder))
+        model.to(dtype)
+        compiled = ov.Core().compile_model(converted, "CPU", precision)
+    arrays = [t.numpy() for t in wide.values()]
+    request = compiled.create_infer_request()
+    return lambda: request.infer(arrays[: len(compiled.inputs)])
+
+
+PEERS: dict[str, Callable[[torch.nn.Module, dict[str, Any]], Call]] = {
+    "torch eager": eager,
+    "torch.compile": compiled_by_torch,
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
+    "plain jax.jit": plain_xla,
+    "kpx": optimized,
+}
