@@ -94,6 +94,7 @@ def _vit(small):
             "num_attention_heads": 4,
             "intermediate_size": 128,
             "image_size": 64,
+            "num_labels": 100,
         }
         if small
         else {}
@@ -107,7 +108,7 @@ def _vit(small):
 def _resnet(small):
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    sizes = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2]} if small else {}
+    sizes = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2], "num_labels": 100} if small else {}
     model = ResNetForImageClassification(ResNetConfig(**sizes))
     for module in model.modules():  # statistics of a trained model are neither 0 nor 1
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -120,7 +121,7 @@ def _resnet(small):
 def _convnext(small):
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    sizes = {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2} if small else {}
+    sizes = {"hidden_sizes": [16, 32], "depths": [1, 2], "num_stages": 2, "num_labels": 100} if small else {}
     side = 64 if small else 224
     config = ConvNextConfig(**sizes)
     return ConvNextForImageClassification(config), {"pixel_values": torch.randn(2 if small else 4, 3, side, side)}

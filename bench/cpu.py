@@ -160,7 +160,9 @@ def main(arguments=None) -> int:
                 rows[name] = measure(CASES[name], _DTYPES[dtype], options.rounds, peers, options.small)
                 progress.advance(task)
             result["ratios"][dtype] = {name: ratios(row) for name, row in rows.items()} if "kpx" in peers else {}
-    overs = [r["over torch.compile"] for d in result["ratios"].values() for r in d.values() if "over torch.compile" in r]
+    overs = [
+        r["over torch.compile"] for d in result["ratios"].values() for r in d.values() if "over torch.compile" in r
+    ]
     if overs:
         result["geometric_mean_over_torch_compile"] = statistics.geometric_mean(overs)
     if options.json:

@@ -30,18 +30,24 @@ class _Entry:
 
     program: ModelProgram
     weights: LiveWeights
+    weight_kinds: list[tuple[torch.Size, torch.dtype]]
     tensor_positions: list[int]
     outputs: list[Any]
     spec: pytree.TreeSpec
     device: jax.Device
 
-    def load(self) -> None:
-        prepared = [] if self.program.prepare_weights is None else self.program.prepare_weights
-        self.program.load(self.weights.read(self.device, prepared))
+    def load(self) -> bool:
+        """Reads the weights; False where their shapes or dtypes are not those this was compiled for."""
+        if [(t.shape, t.dtype) for t in self.weights.tensors()] != self.weight_kinds:
+            return False
+        self.program.load(self.weights.read(self.device, self.program.prepare_weights))
+        return True
+
+    def is_current(self) -> bool:
+        """Whether the weights are as they were, or could be read again."""
+        return not self.weights.changed() or self.load()
 
     def __call__(self, leaves: list[Any]) -> Any:
-        if self.weights.changed():
-            self.load()
         arrays = self.program.run(*[to_array(leaves[i], self.device) for i in self.tensor_positions])
         results = [to_tensor(a) if p is _TENSOR else p for a, p in zip(arrays, self.outputs, strict=True)]
         return pytree.tree_unflatten(results, self.spec)
@@ -69,6 +75,7 @@ class OptimizedModule(torch.nn.Module):
         self.__dict__["_target"] = target
         self.__dict__["_config"] = config
         self.__dict__["_entries"] = {}
+        self.__dict__["_freed"] = False
         self.__dict__["_lock"] = threading.Lock()
         self.training = model.training
 
@@ -76,7 +83,12 @@ class OptimizedModule(torch.nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if "_model" not in self.__dict__:  # while it is being copied
+                raise
             return getattr(self.__dict__["_model"], name)
+
+    def __reduce__(self):
+        return OptimizedModule, (self._model, self._target, self._config)
 
     def train(self, mode: bool = True) -> OptimizedModule:
         self._model.train(mode)
@@ -95,16 +107,35 @@ class OptimizedModule(torch.nn.Module):
             UnsupportedError: a new signature, and the model uses ops that have no lowering rule.
         """
         leaves, key = _flatten(args, kwargs)
-        entry = self._entries.get((key, self.training))
-        if entry is None:
-            entry = self._compile(args, kwargs, (key, self.training))
-        return entry(leaves)
+        return self._entry(args, kwargs, (key, self.training))(leaves)
+
+    def free_originals(self) -> int:
+        """Gives up the model's own copies of weights that were prepared at load; gives the bytes freed.
+
+        Programs compiled so far go on with the weights they have, and no longer look for changes. The model
+        itself can then neither run nor be saved, and no new signature be compiled.
+
+        Raises:
+            InputError: nothing has been compiled yet, so that everything would be lost.
+        """
+        if not self._entries:
+            raise InputError("Nothing is compiled yet. Call the model once, or pass `example_inputs`, and then free.")
+        read_in_place: set[int] = set()
+        for entry in self._entries.values():
+            entry.weights.freeze()
+            read_in_place |= {a.unsafe_buffer_pointer() for a in entry.program.held}
+        self.__dict__["_freed"] = True
+        freed = 0
+        for tensor in {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}.values():
+            if tensor.numel() and tensor.data_ptr() not in read_in_place:
+                freed += tensor.numel() * tensor.element_size()
+                tensor.data = tensor.data.new_empty(0)
+        return freed
 
     def compile_for(self, args: Sequence, kwargs: Mapping[str, Any]) -> Compiled:
         """Compiles a signature now. Calling the result with another one is an `InputError`."""
         leaves, key = _flatten(tuple(args), dict(kwargs))
-        entry = self._entries.get((key, self.training)) or self._compile(args, kwargs, (key, self.training))
-        wanted = [leaves[i] for i in entry.tensor_positions]
+        entry = self._entry(args, kwargs, (key, self.training))
 
         def call(*given_args, **given_kwargs):
             given, given_key = _flatten(given_args, given_kwargs)
@@ -113,17 +144,29 @@ class OptimizedModule(torch.nn.Module):
                     f"This was compiled for {_described(leaves)}, and was called with {_described(given)}. "
                     "Call it with the same shapes and dtypes, or use `kpx.optimize(model)`, which compiles anew."
                 )
+            if not entry.is_current():
+                raise InputError(
+                    "The weights' shapes or dtypes have changed since this was compiled. Compile it again."
+                )
             return entry(given)
 
-        del wanted
         compiled = entry.program.compiled
         compiled._call = call
         return compiled
 
-    def _compile(self, args: Sequence, kwargs: Mapping[str, Any], key: Any) -> _Entry:
+    def _entry(self, args: Sequence, kwargs: Mapping[str, Any], key: Any) -> _Entry:
+        entry = self._entries.get(key)
+        if entry is not None and entry.is_current():
+            return entry
         with self._lock:
-            if (entry := self._entries.get(key)) is not None:
+            entry = self._entries.get(key)
+            if entry is not None and entry.is_current():  # another thread compiled it meanwhile
                 return entry
+            if self._freed:
+                raise InputError(
+                    "This signature is not compiled, and the weights to compile it with were freed by "
+                    "`free_originals()`. Compile every signature first, or optimize a new copy of the model."
+                )
             entry = _compile(self._model, args, kwargs, self._target, self._config)
             self._entries[key] = entry
             return entry
@@ -148,7 +191,8 @@ def _compile(
     structs = [_struct(t) for t in weights.tensors()], [_struct(leaves[i]) for i in positions]
     built = ModelProgram(tensors_only, *structs, target, config, x64=True)
     spec = program.call_spec.out_spec
-    entry = _Entry(built, weights, positions, outputs, spec, target.device)
+    kinds = [(t.shape, t.dtype) for t in weights.tensors()]
+    entry = _Entry(built, weights, kinds, positions, outputs, spec, target.device)
     entry.load()
     return entry
 

@@ -115,6 +115,12 @@ class LiveWeights:
         self._sampled = [view[i] for view, i in self._samples]
         return arrays
 
+    def freeze(self) -> None:
+        """Lets go of the weights: from now on they count as unchanged."""
+        self._dicts, self._keys, self._tensors = [], [], []
+        self._pointer_of, self._pointers = [], []
+        self._watched, self._versions, self._samples, self._sampled = [], [], [], []
+
     def changed(self) -> bool:
         """Whether the weights must be read again."""
         return not (

@@ -61,39 +61,41 @@ def f32_dot_as_three_bf16(op):
     Higher-Precision Computations", arXiv 1904.06376.
 
     Before:
-        func.func @main(%a: tensor<64x64xf32>, %b: tensor<64x64xf32> {kpx.weight}) -> tensor<64x64xf32> {
-          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
-          return %0 : tensor<64x64xf32>
+        func.func @main(%a: tensor<64x512xf32>, %b: tensor<512x512xf32> {kpx.weight}) -> tensor<64x512xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x512xf32>, tensor<512x512xf32>) -> tensor<64x512xf32>
+          return %0 : tensor<64x512xf32>
         }
     After:
-        func.func @main(%a: tensor<64x64xf32>, %b: tensor<64x64xf32> {kpx.weight}) -> tensor<64x64xf32> {
-          %0 = stablehlo.reduce_precision %a, format = e8m7 : tensor<64x64xf32>
-          %1 = stablehlo.convert %0 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
-          %2 = stablehlo.subtract %a, %0 : tensor<64x64xf32>
-          %3 = stablehlo.convert %2 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
-          %4 = stablehlo.reduce_precision %b, format = e8m7 : tensor<64x64xf32>
-          %5 = stablehlo.convert %4 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
-          %6 = stablehlo.subtract %b, %4 : tensor<64x64xf32>
-          %7 = stablehlo.convert %6 : (tensor<64x64xf32>) -> tensor<64x64xbf16>
-          %8 = stablehlo.dot_general %1, %7, contracting_dims = [1] x [0] : (tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>
-          %9 = stablehlo.dot_general %3, %5, contracting_dims = [1] x [0] : (tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>
-          %10 = stablehlo.add %8, %9 : tensor<64x64xf32>
-          %11 = stablehlo.dot_general %1, %5, contracting_dims = [1] x [0] : (tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>
-          %12 = stablehlo.add %11, %10 : tensor<64x64xf32>
-          return %12 : tensor<64x64xf32>
+        func.func @main(%a: tensor<64x512xf32>, %b: tensor<512x512xf32> {kpx.weight}) -> tensor<64x512xf32> {
+          %0 = stablehlo.reduce_precision %a, format = e8m7 : tensor<64x512xf32>
+          %1 = stablehlo.convert %0 : (tensor<64x512xf32>) -> tensor<64x512xbf16>
+          %2 = stablehlo.subtract %a, %0 : tensor<64x512xf32>
+          %3 = stablehlo.convert %2 : (tensor<64x512xf32>) -> tensor<64x512xbf16>
+          %4 = stablehlo.reduce_precision %b, format = e8m7 : tensor<512x512xf32>
+          %5 = stablehlo.convert %4 : (tensor<512x512xf32>) -> tensor<512x512xbf16>
+          %6 = stablehlo.subtract %b, %4 : tensor<512x512xf32>
+          %7 = stablehlo.convert %6 : (tensor<512x512xf32>) -> tensor<512x512xbf16>
+          %8 = stablehlo.dot_general %1, %7, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
+          %9 = stablehlo.dot_general %3, %5, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
+          %10 = stablehlo.add %8, %9 : tensor<64x512xf32>
+          %11 = stablehlo.dot_general %1, %5, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
+          %12 = stablehlo.add %11, %10 : tensor<64x512xf32>
+          return %12 : tensor<64x512xf32>
         }
     Unchanged:
-        func.func @main(%a: tensor<64x64xf32>, %b: tensor<64x64xf32>) -> tensor<64x64xf32> {
-          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x64xf32>, tensor<64x64xf32>) -> tensor<64x64xf32>
-          return %0 : tensor<64x64xf32>
+        func.func @main(%a: tensor<64x512xf32>, %b: tensor<512x512xf32>) -> tensor<64x512xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x512xf32>, tensor<512x512xf32>) -> tensor<64x512xf32>
+          return %0 : tensor<64x512xf32>
         }
     """
     if {m.element_type(v) for v in (op.lhs, op.rhs, op.result)} != {"f32"} or op.algorithm is not None:
         return None
     by_weight = depends_on_weights_alone(op.rhs) and not depends_on_weights_alone(op.lhs)
-    # A product of few rows waits for its weight to arrive from memory, and one of many results for them to
-    # leave: both are slower in three parts.
-    if not by_weight or m.size(op.lhs) // _contracted(op) < 64 or m.size(op.result) > 1 << 23:
+    # A small product, or one of few rows or very many results, waits for memory more than for arithmetic, and
+    # is slower in three parts.
+    length = _contracted(op)
+    rows, columns = m.size(op.lhs) // length, m.size(op.rhs) // length
+    if not by_weight or rows < 64 or min(length, columns) < 512 or rows * columns > 1 << 23:
         return None
     (high_l, low_l), (high_r, low_r) = _halves(op.lhs), _halves(op.rhs)
 

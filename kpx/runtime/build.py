@@ -58,6 +58,7 @@ class ModelProgram:
 
     Attributes:
         compiled: what is known about it; calling that runs the program on inputs.
+        held: the arrays that a call reads beside its inputs: prepared ones, then weights as they are.
     """
 
     def __init__(
@@ -102,17 +103,17 @@ class ModelProgram:
                 *prepared, *(structs[0][i] for i in self.kept_weights), *structs[1]
             )
             self.executable = compile_lowered(run, target, config)
-        self._held: list[jax.Array] = []
+        self.held: list[jax.Array] = []
         self.compiled = Compiled(self.run, self.executable, halves.run, context, target, prepare_module=halves.prepare)
 
     def load(self, weights: Sequence[jax.Array]) -> None:
         """Prepares weights, and holds what a call needs of them."""
         prepared = [] if self._prepare is None else self._prepare(*(weights[i] for i in self.prepare_weights))
-        self._held = [*prepared, *(weights[i] for i in self.kept_weights)]
+        self.held = [*prepared, *(weights[i] for i in self.kept_weights)]
 
     def run(self, *inputs: jax.Array) -> list[jax.Array]:
         """The outputs for inputs, with the weights loaded last."""
-        return self.executable(*self._held, *inputs)
+        return self.executable(*self.held, *inputs)
 
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:

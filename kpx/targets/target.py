@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 import os
 import time
@@ -24,8 +25,6 @@ _INSTALL = {
     "tpu": 'pip install "jax[tpu]"',
     "xpu": "pip install jax-oneapi-plugin",
 }
-
-_OF_CONVOLUTIONS = (stablehlo.ConvolutionOp, stablehlo.PadOp)
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,11 @@ class Target:
         """XLA options for a module's executable on this target."""
         if self.platform != "cpu":
             return {}
-        # A depthwise convolution is a padded array's shifted slices by now.
-        return cpu.compiler_options(any(isinstance(op, _OF_CONVOLUTIONS) for op in m.walk(module.operation)))
+        found = collections.Counter(type(op) for op in m.walk(module.operation))
+        # A depthwise convolution is a padded array's shifted slices by now. One convolution, as vision
+        # transformers begin with, does not make a convolutional network.
+        convolutions = found[stablehlo.ConvolutionOp] + found[stablehlo.PadOp]
+        return cpu.compiler_options(8 * convolutions > found[stablehlo.DotGeneralOp])
 
     def peak(self) -> tuple[float, float]:
         """What the device reaches: FLOP/s of a large f32 product, and bytes/s of a large copy.

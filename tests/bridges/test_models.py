@@ -32,3 +32,9 @@ def test_a_model_is_as_close_to_f64_as_eager_is(name, dtype):
     for ours_, eager_, reference_ in zip(flat, flat_eager, reference, strict=True):
         slack = 1e-4 if dtype == torch.float32 else 0.0
         assert_closer(ours_.double(), eager_.double(), reference_, relative=slack)
+
+
+def test_a_cache_among_the_outputs_is_refused_with_its_remedy():
+    model, inputs = CASES["gpt2"].make(small=True)
+    with pytest.raises(kpx.CaptureError, match=r"DynamicCache.*\n.*pass `use_cache=False`"):
+        kpx.optimize(model)(**inputs, use_cache=True)

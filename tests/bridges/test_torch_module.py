@@ -1,6 +1,8 @@
 """kpx.optimize of a torch.nn.Module: structure, shared weights, signatures, and bad input."""
 
 import collections
+import concurrent.futures
+import copy
 
 import jax
 import pytest
@@ -126,12 +128,59 @@ def test_tied_weights_stay_one():
     _same(optimized, model, X)
 
 
+def test_weights_of_another_dtype_compile_anew():
+    model = _model()
+    optimized = kpx.optimize(model)
+    _same(optimized, model, X)
+    model.double()
+    with torch.no_grad():
+        assert optimized(X.double()).dtype == torch.float64
+        model.bfloat16()
+        torch.testing.assert_close(optimized(X.bfloat16()), model(X.bfloat16()), rtol=2e-2, atol=2e-2)
+
+
+def test_a_copy_has_weights_of_its_own():
+    optimized = kpx.optimize(_model())
+    before = optimized(X)
+    copied = copy.deepcopy(optimized)
+    with torch.no_grad():
+        copied.get_submodule("3").bias.add_(1)
+    torch.testing.assert_close(copied(X), before + 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(optimized(X), before)
+
+
+def test_many_threads_may_call_at_once():
+    model = _model()
+    optimized = kpx.optimize(model)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda _: optimized(X), range(32)))
+    assert len(optimized._entries) == 1
+    for output in outputs:
+        torch.testing.assert_close(output, model(X), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_that_run_as_they_are_are_not_copied():
     model = torch.nn.Linear(8, 4)
     optimized = kpx.optimize(model, example_inputs=(X,))
     (entry,) = optimized._entries.values()
-    pointers = {a.unsafe_buffer_pointer() for a in entry.program._held}
+    pointers = {a.unsafe_buffer_pointer() for a in entry.program.held}
     assert model.weight.data_ptr() in pointers
+
+
+def test_originals_of_prepared_weights_can_be_freed():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Flatten(), torch.nn.Linear(16, 4)).eval()
+    x = torch.ones(2, 8, 3, 3)
+    optimized = kpx.optimize(model)
+    with pytest.raises(kpx.InputError, match="Nothing is compiled yet"):
+        optimized.free_originals()
+    with torch.no_grad():
+        wanted = model(x)
+        torch.testing.assert_close(optimized(x), wanted, rtol=1e-5, atol=1e-5)
+        assert optimized.free_originals() >= 16 * 8 * 9 * 4
+        assert model[0].weight.numel() == 0
+        torch.testing.assert_close(optimized(x), wanted, rtol=1e-5, atol=1e-5)
+        with pytest.raises(kpx.InputError, match="were freed"):
+            optimized(x[:1])
 
 
 # Modes and signatures --------------------------------------------------------------------------
