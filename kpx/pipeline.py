@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from kpx.config import Config
 from kpx.ir import module as m
-from kpx.ir.module import ir
+from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
 from kpx.passes import canonicalize, composites, convolution, layout, precision
 
@@ -59,26 +59,26 @@ def choose_kernels(module: ir.Module, context: Context) -> None:
     context.kernels = composites.lower_composites(module, context.platform)
 
 
-def lay_out_convolutions(module: ir.Module, context: Context) -> None:
-    """A stage's body that brings convolutions into the CPU's layout and forms, where there are any."""
-    if any(isinstance(op, convolution.OPS) for op in m.walk(module.operation)):
+def canonicalize_again(module: ir.Module, context: Context) -> None:
+    """A stage's body that canonicalizes what kernels became, and gives the CPU its convolutions' layout and forms."""
+    convolutions = any(isinstance(op, stablehlo.ConvolutionOp) for op in m.walk(module.operation))
+    if convolutions and context.platform == "cpu":
         rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
         rewriting([*convolution.FORMS, *canonicalize.RULES])(module, context)
+    else:
+        rewriting(canonicalize.RULES)(module, context)
 
 
 def stages(platform: str, config: Config) -> list[Stage]:
     """The stages for a target's platform, in order."""
-    on_cpu = [
-        Stage("lay out convolutions", lay_out_convolutions),
-        Stage("choose precision", rewriting(precision.rules(config))),
-    ]
+    on_cpu = [Stage("choose precision", rewriting(precision.rules(config)))]
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
         Stage("clean up", mlir("cse,symbol-dce")),
         Stage("canonicalize", rewriting(canonicalize.RULES)),
         Stage("choose kernels", choose_kernels),
         Stage("clean up again", mlir("cse,symbol-dce")),
-        Stage("canonicalize again", rewriting(canonicalize.RULES)),
+        Stage("canonicalize, lay out", canonicalize_again),
         *(on_cpu if platform == "cpu" else ()),
         Stage("finish", mlir("cse,symbol-dce")),
     ]

@@ -6,6 +6,7 @@ the process, so whoever holds an op holds its module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -258,7 +259,7 @@ def is_integer(value: Value) -> bool:
 
 def size(value: Value) -> int:
     """How many elements a tensor has."""
-    return int(np.prod(shape(value), dtype=np.int64))
+    return math.prod(tensor_type(value).shape)
 
 
 def constant_value(value: Value, most: int = 1 << 18) -> np.ndarray | None:

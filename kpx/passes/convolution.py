@@ -316,8 +316,6 @@ def _maximum_along(x, axis, length, stride, count):
     return best
 
 
-OPS = (stablehlo.ConvolutionOp, stablehlo.ReduceWindowOp)
-
 # What moves a convolution, then what takes its place.
 LAYOUT: list[Rewrite] = [convolution_channels_last, scale_into_convolution]
 FORMS: list[Rewrite] = [pointwise_convolution_is_dot, depthwise_convolution_as_shifts, max_pool_by_dimension]

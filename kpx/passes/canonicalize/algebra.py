@@ -36,10 +36,10 @@ def add_zero(op):
           return %1 : tensor<4xf32>
         }
     """
-    zero = -0.0 if m.is_float(op.lhs) else 0
-    if _is(op.rhs, zero):
-        return op.lhs
-    return op.rhs if _is(op.lhs, zero) else None
+    for constant, other in ((op.rhs, op.lhs), (op.lhs, op.rhs)):
+        if splat(constant) == 0 and _is(constant, -0.0 if m.is_float(constant) else 0):
+            return other
+    return None
 
 
 @rewrite(stablehlo.SubtractOp, exact=True)
@@ -137,9 +137,8 @@ def multiply_integer_by_zero(op):
           return %1 : tensor<4xf32>
         }
     """
-    if not m.is_integer(op.lhs):
-        return None
-    return next((v for v in (op.lhs, op.rhs) if _is(v, 0)), None)
+    zero = next((v for v in (op.lhs, op.rhs) if _is(v, 0)), None)
+    return zero if zero is not None and m.is_integer(zero) else None
 
 
 @rewrite(stablehlo.DivOp, exact=True)

@@ -31,10 +31,19 @@ _COMPARISONS = {
 }  # fmt: skip
 
 
+_KNOWN = (
+    stablehlo.ConstantOp,
+    stablehlo.IotaOp,
+    stablehlo.BroadcastInDimOp,
+    stablehlo.ReshapeOp,
+    stablehlo.TransposeOp,
+)
+
+
 def known(value, depth: int = 8) -> np.ndarray | None:
     """The array a value always is: a constant, a count, or one of them moved; None where unknown."""
     op = producer(value)
-    if op is None or m.size(value) > MOST or not depth:
+    if not isinstance(op, _KNOWN) or not depth or m.size(value) > MOST:
         return None
     if isinstance(op, stablehlo.ConstantOp):
         return m.constant_value(value, MOST)
@@ -45,10 +54,8 @@ def known(value, depth: int = 8) -> np.ndarray | None:
             return None
         count = np.arange(dims[axis]).astype(kind)
         return np.broadcast_to(count.reshape([-1 if i == axis else 1 for i in range(len(dims))]), dims)
-    if isinstance(op, (stablehlo.BroadcastInDimOp, stablehlo.ReshapeOp, stablehlo.TransposeOp)):
-        inner = known(op.operands[0], depth - 1)
-        return None if inner is None else _moved(op, inner, dims)
-    return None
+    inner = known(op.operands[0], depth - 1)
+    return None if inner is None else _moved(op, inner, dims)
 
 
 def _moved(op, array: np.ndarray, dims) -> np.ndarray:
@@ -100,10 +107,8 @@ def fold_integers(op):
           return %1 : tensor<3xi32>
         }
     """
-    if not _foldable(op.result):
-        return None
     arrays = _all_known(op)
-    if arrays is None:
+    if arrays is None or not _foldable(op.result):
         return None
     function = _BINARY.get(type(op)) or _UNARY[type(op)]
     kind = arrays[0].dtype
@@ -136,11 +141,8 @@ def fold_floats(op):
           return %1 : tensor<3xf32>
         }
     """
-    kind = m.dtype(op.result)
-    if not m.is_float(op.result) or kind is None:
-        return None
-    numbers = [splat(o) for o in op.operands]
-    if any(n is None for n in numbers):
+    numbers = [n for o in op.operands if (n := splat(o)) is not None]
+    if len(numbers) < len(op.operands) or not m.is_float(op.result) or (kind := m.dtype(op.result)) is None:
         return None
     function = _BINARY.get(type(op)) or _UNARY[type(op)]
     with np.errstate(all="ignore"):
@@ -173,6 +175,8 @@ def fold_convert(op):
           return %1 : tensor<3xi32>
         }
     """
+    if not isinstance(producer(op.operand), _KNOWN):
+        return None
     source, target = m.dtype(op.operand), m.dtype(op.result)
     if source is None or target is None or target.kind == "c":
         return None
@@ -210,13 +214,11 @@ def fold_compare(op):
           return %1 : tensor<2x2xi1>
         }
     """
-    if not _foldable(op.lhs):
-        return None
-    lhs, rhs = known(op.lhs), known(op.rhs)
-    if lhs is None or rhs is None:
+    arrays = _all_known(op)
+    if arrays is None or not _foldable(op.lhs):
         return None
     direction = stablehlo.ComparisonDirectionAttr(op.comparison_direction).value
-    return m.constant(_COMPARISONS[direction](lhs, rhs))
+    return m.constant(_COMPARISONS[direction](*arrays))
 
 
 @rewrite(stablehlo.SelectOp, exact=True)
@@ -244,10 +246,10 @@ def fold_select(op):
           return %2 : tensor<3xi32>
         }
     """
-    if not _foldable(op.result):
-        return None
     arrays = _all_known(op)
-    return None if arrays is None else m.constant(np.where(arrays[0], arrays[1], arrays[2]))
+    if arrays is None or not _foldable(op.result):
+        return None
+    return m.constant(np.where(arrays[0], arrays[1], arrays[2]))
 
 
 @rewrite(
@@ -277,10 +279,10 @@ def fold_movement(op):
     if not isinstance(op, stablehlo.ConcatenateOp) and (n := splat(op.operands[0])) is not None:
         # -0.0 and NaN survive: the attribute is made of the number itself.
         return m.like(op.result, n)
-    if not _foldable(op.results[0]) or isinstance(op, stablehlo.BroadcastInDimOp):
+    if isinstance(op, stablehlo.BroadcastInDimOp):
         return None
     arrays = _all_known(op)
-    if arrays is None:
+    if arrays is None or not _foldable(op.results[0]):
         return None
     if isinstance(op, stablehlo.ConcatenateOp):
         return m.constant(np.concatenate(arrays, op.dimension.value))

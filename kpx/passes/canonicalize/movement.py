@@ -130,8 +130,10 @@ def broadcast_is_reshape(op):
           return %0 : tensor<3x1x3xf32>
         }
     """
+    if m.size(op.operand) != m.size(op.result):
+        return None
     along = integers(op.broadcast_dimensions)
-    if m.size(op.operand) != m.size(op.result) or along != sorted(along):
+    if along != sorted(along):
         return None
     return m.reshape(op.operand, m.shape(op.result))
 
