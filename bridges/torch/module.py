@@ -36,6 +36,9 @@ class _Entry:
     spec: pytree.TreeSpec
     device: jax.Device
 
+    def __post_init__(self):
+        self.is_one_tensor = self.spec.is_leaf() and self.outputs == [_TENSOR]
+
     def load(self) -> bool:
         """Reads the weights; False where their shapes or dtypes are not those this was compiled for."""
         if [(t.shape, t.dtype) for t in self.weights.tensors()] != self.weight_kinds:
@@ -50,7 +53,7 @@ class _Entry:
     def __call__(self, leaves: list[Any]) -> Any:
         arrays = self.program.run(*[to_array(leaves[i], self.device) for i in self.tensor_positions])
         results = [to_tensor(a) if p is _TENSOR else p for a, p in zip(arrays, self.outputs, strict=True)]
-        return pytree.tree_unflatten(results, self.spec)
+        return results[0] if self.is_one_tensor else pytree.tree_unflatten(results, self.spec)
 
 
 _TENSOR = object()

@@ -74,8 +74,6 @@ class LiveWeights:
             module = model.get_submodule(path)
             held = module._parameters if leaf in module._parameters else module._buffers
             self._slots.append((held, leaf))  # type: ignore[arg-type]
-        self._dicts = [d for d, _ in self._slots]
-        self._keys = [k for _, k in self._slots]
 
     def tensors(self) -> list[torch.Tensor]:
         """The weights as they are now."""
@@ -90,21 +88,22 @@ class LiveWeights:
         Raises:
             InputError: a weight is not a dense CPU tensor.
         """
-        self._tensors = self.tensors()
+        tensors = self.tensors()
         arrays = []
-        for name, tensor in zip(self.names, self._tensors, strict=True):
+        for name, tensor in zip(self.names, tensors, strict=True):
             try:
                 arrays.append(to_array(tensor.detach(), device))
             except InputError as error:
                 raise InputError(f"The weight `{name}` cannot be used: {error}") from None
-        self._pointer_of = [t.data_ptr for t in self._tensors]
+        self._places = [(*slot, tensor) for slot, tensor in zip(self._slots, tensors, strict=True)]
+        self._pointer_of = [t.data_ptr for t in tensors]
         self._pointers = [f() for f in self._pointer_of]
         copied = {
             i
             for i, (a, p) in enumerate(zip(arrays, self._pointers, strict=True))
             if a.size and a.unsafe_buffer_pointer() != p
         }
-        self._watched = [self._tensors[i] for i in sorted(copied | set(prepared))]
+        self._watched = [tensors[i] for i in sorted(copied | set(prepared))]
         self._versions = list(map(_version, self._watched))
         chosen = random.Random(0)
         self._samples = [
@@ -117,17 +116,18 @@ class LiveWeights:
 
     def freeze(self) -> None:
         """Lets go of the weights: from now on they count as unchanged."""
-        self._dicts, self._keys, self._tensors = [], [], []
-        self._pointer_of, self._pointers = [], []
+        self._places, self._pointer_of, self._pointers = [], [], []
         self._watched, self._versions, self._samples, self._sampled = [], [], [], []
 
     def changed(self) -> bool:
         """Whether the weights must be read again."""
-        return not (
-            all(map(operator.is_, map(operator.getitem, self._dicts, self._keys), self._tensors))
-            and [f() for f in self._pointer_of] == self._pointers
-            and list(map(_version, self._watched)) == self._versions
-            and [view[i] for view, i in self._samples] == self._sampled
+        for held, key, tensor in self._places:  # a plain loop: this runs at every call
+            if held[key] is not tensor:
+                return True
+        return (
+            [f() for f in self._pointer_of] != self._pointers
+            or list(map(_version, self._watched)) != self._versions
+            or [view[i] for view, i in self._samples] != self._sampled
         )
 
 

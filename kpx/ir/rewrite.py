@@ -166,8 +166,15 @@ def apply_rewrites(
 
 
 def erase_dead(module: ir.Module) -> None:
-    """Erases every op that nothing uses and that has no effect, in place."""
-    _Driver(module, [], Fuel(None), Report(), False).run()
+    """Erases every op of the functions' own blocks that nothing uses and that has no effect, in place."""
+    for function in m.functions(module).values():
+        for op in reversed(list(m.entry_block(function).operations)):
+            if len(op.results) and not _is_used(op) and is_pure(op.operation):
+                op.operation.erase()
+
+
+def _is_used(op: Any) -> bool:
+    return any(next(iter(r.uses), None) is not None for r in op.results)
 
 
 def _first_to_break(module: ir.Module, rules: list[Rewrite], fuel: int | None) -> tuple[str, str]:
@@ -201,7 +208,8 @@ class _Driver:
         with self.module.context, ir.Location.unknown():
             for op in reversed(list(m.walk(self.module.operation))):
                 self.alive.add(_key(op))
-                self._push(op.operation)
+                if op.operation.name in self.by_op:
+                    self._push(op.operation)
             while self.pending:
                 _, operation = self.pending.popitem()
                 if not self._erase_if_dead(operation) and not self._visit(operation):
@@ -291,7 +299,7 @@ class _Driver:
 
     def _erase_if_dead(self, operation: Any) -> bool:
         """Erases an op that nothing uses and that has no effect, then what fed only it."""
-        if not is_pure(operation) or any(next(iter(r.uses), None) is not None for r in operation.results):
+        if _is_used(operation) or not is_pure(operation):
             return False
         feeding = _producers(operation)
         for inner in m.walk(operation):

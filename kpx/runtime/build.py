@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,7 +88,9 @@ class ModelProgram:
                 mark_weights(module, set(range(len(weights))))
             context = Context(target.platform, config, Fuel.from_environment())
             optimize_module(module, context)
+            start = time.perf_counter()
             halves = split(module)
+            context.seconds["prepare and run"] = time.perf_counter() - start
             self.prepare_weights = halves.prepare_weights
             # With nothing marked as a weight, everything is an input, in the order it came.
             self.kept_weights = halves.kept_weights if config.prepare else list(range(len(weights)))
