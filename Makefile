@@ -29,15 +29,14 @@ format: .venv/.installed
 readme-test: .venv/.installed
 	$(BIN)/python -m tests.readme
 
-# The tests against the built wheel, from a folder where the checkout cannot be imported.
+# The tests against the built wheel, in an environment of its own, from a folder where the checkout cannot be imported.
 wheel-test: .venv/.installed
-	rm -rf build dist .venv-wheel /tmp/kpx-wheel-test
+	rm -rf build dist .venv-wheel
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[test]"
-	mkdir -p /tmp/kpx-wheel-test
-	cp -r tests bench pyproject.toml /tmp/kpx-wheel-test/
-	cd /tmp/kpx-wheel-test && $(CURDIR)/.venv-wheel/bin/pytest tests -m "not models" -p no:cacheprovider
+	outside=$$(mktemp -d) && cp -r tests bench pyproject.toml $$outside && cd $$outside && \
+	  $(CURDIR)/.venv-wheel/bin/pytest tests -m "not models" -p no:cacheprovider && rm -rf $$outside
 
 clean:
 	rm -rf build dist .venv .venv-wheel *.egg-info

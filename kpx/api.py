@@ -53,7 +53,7 @@ def optimize(
         raise InputError(_not_a_model(model))
     jitted = jit(model, target=target, config=config)
     if example_inputs is not None or example_kwargs is not None:
-        jitted.lower(*(example_inputs or ()), **(example_kwargs or {}))
+        jitted.compile_for(tuple(example_inputs or ()), dict(example_kwargs or {}))
     return jitted
 
 
@@ -101,6 +101,7 @@ class _Jit:
         self._config = config
         self._options = options
         self._jitted = jax.jit(fun, **options)
+        self._ready: dict[Any, jax.stages.Compiled] = {}
         name = getattr(fun, "__name__", type(fun).__name__)
         self._dispatch = jax_internals.dispatcher(name, fun, self._miss, self._jitted)
 
@@ -124,8 +125,14 @@ class _Jit:
 
     def clear_cache(self) -> None:
         """Forgets every compiled signature."""
+        self._ready.clear()
         self._jitted.clear_cache()
         self._dispatch = jax_internals.dispatcher(self.__name__, self.__wrapped__, self._miss, self._jitted)
+
+    def compile_for(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Compiles for arguments (arrays or structs) now, so that their first call does not."""
+        lowered, _ = self._lower(args, kwargs)
+        self._ready[_signature(args, kwargs)] = compile_lowered(lowered, self._target, self._config)
 
     def _lower(self, args, kwargs):
         _check_arguments(self._jitted, args, kwargs)
@@ -140,15 +147,26 @@ class _Jit:
         leaves = jax.tree.leaves((args, kwargs))
         if jax_internals.is_tracing() or any(map(jax_internals.is_tracer, leaves)):
             return self._jitted(*args, **kwargs), None
-        lowered, _ = self._lower(args, kwargs)
-        compiled = compile_lowered(lowered, self._target, self._config)
-        positions, names = jax_internals.static_arguments(self._jitted)
-        statics = {p % len(args) for p in positions if -len(args) <= p < len(args)}
-        outputs = compiled(
-            *(a for i, a in enumerate(args) if i not in statics),
-            **{k: v for k, v in kwargs.items() if k not in names},
-        )
+        if (compiled := self._ready.get(_signature(args, kwargs))) is None:
+            lowered, _ = self._lower(args, kwargs)
+            compiled = compile_lowered(lowered, self._target, self._config)
+        dynamic, named = _dynamic(self._jitted, args, kwargs)
+        outputs = compiled(*dynamic, **named)
         return outputs, compiled
+
+
+def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A key that arrays and the structs that describe them share; numbers stand for themselves."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    kinds = tuple(
+        (tuple(leaf.shape), np.dtype(leaf.dtype).name, getattr(leaf, "weak_type", False))
+        if hasattr(leaf, "shape")
+        and hasattr(leaf, "dtype")
+        and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+        else (type(leaf), repr(leaf))
+        for leaf in leaves
+    )
+    return tree, kinds, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
 
 
 def _renamed(fun: Callable) -> Callable:
@@ -159,12 +177,19 @@ def _renamed(fun: Callable) -> Callable:
     return same
 
 
-def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Raises `InputError` for an argument that is neither an array nor a number, and names it."""
+def _dynamic(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments that a compiled function takes: those that are not static."""
     positions, names = jax_internals.static_arguments(jitted)
     statics = {p % len(args) for p in positions if -len(args) <= p < len(args)}
-    dynamic = [a if i not in statics else None for i, a in enumerate(args)]
-    named = {k: v for k, v in kwargs.items() if k not in names}
+    return [a for i, a in enumerate(args) if i not in statics], {k: v for k, v in kwargs.items() if k not in names}
+
+
+def _check_arguments(jitted: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises `InputError` for an argument that is neither an array nor a number, and names it."""
+    positions, _ = jax_internals.static_arguments(jitted)
+    statics = {p % len(args) for p in positions if -len(args) <= p < len(args)}
+    dynamic = [None if i in statics else a for i, a in enumerate(args)]  # None keeps the others' positions
+    named = _dynamic(jitted, args, kwargs)[1]
     for path, leaf in jax.tree_util.tree_leaves_with_path((dynamic, named)):
         if _is_array_or_number(leaf):
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kpx.config import Config
@@ -86,7 +88,21 @@ def stages(platform: str, config: Config) -> list[Stage]:
 
 def optimize_module(module: ir.Module, context: Context) -> None:
     """Runs the stages over a module in place; the module is valid after each."""
-    for stage in stages(context.platform, context.config):
-        start = time.perf_counter()
-        stage.run(module, context)
-        context.seconds[stage.name] = time.perf_counter() - start
+    with no_collections():
+        for stage in stages(context.platform, context.config):
+            start = time.perf_counter()
+            stage.run(module, context)
+            context.seconds[stage.name] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Holds Python's cycle collector back: passes make many short-lived objects and no cycles, and a full
+    collection beside a loaded framework takes as long as they do."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

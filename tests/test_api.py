@@ -233,5 +233,20 @@ def test_an_unknown_target_gives_the_nearest_name():
         kpx.compile(f, X, W, target="cpuu")
 
 
+def test_example_inputs_are_compiled_at_once_and_not_again(monkeypatch):
+    traced = []
+
+    def counted(x, n):
+        traced.append(x.shape)
+        return x * n
+
+    optimized = kpx.optimize(counted, example_inputs=(jax.ShapeDtypeStruct((3, 4), jnp.float32), 2))
+    assert traced == [(3, 4)]
+    np.testing.assert_array_equal(optimized(X, 2), X * 2)
+    assert traced == [(3, 4)]
+    optimized(X[:2], 2)
+    assert traced == [(3, 4), (2, 4)]
+
+
 def test_optimize_of_a_function_is_jit_of_it():
     np.testing.assert_allclose(kpx.optimize(f)(X, W), f(X, W), rtol=1e-6)

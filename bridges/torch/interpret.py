@@ -145,6 +145,8 @@ def _call(node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
     with jax.named_scope(module_path(node).replace(".", "/") or "model"):
         try:
             result = RULES[node.target](*args, **_without_defaults(node, kwargs))
+        except UnsupportedError:
+            raise
         except (TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"The lowering rule of `{node.target}` does not take this case, in "

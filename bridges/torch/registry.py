@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kpx.errors import KpxError
+from kpx.errors import KpxError, UnsupportedError
 
 RULES: dict[Any, Callable] = {}
 
@@ -36,6 +36,10 @@ def lowers(*overloads) -> Callable[[Callable], Callable]:
     return register
 
 
-def keeps_whole() -> list:
-    """Composite ops that have a rule of their own, and so must not be decomposed on export."""
-    return list(RULES)
+def refuse_dropout(p: float) -> None:
+    """Raises `UnsupportedError` where dropout is active: random ops have no rules yet."""
+    if p > 0:
+        raise UnsupportedError(
+            f"Dropout with p={p} is active (the model is in training mode), and kpx does not lower random ops yet. "
+            "Call `model.eval()` first."
+        )

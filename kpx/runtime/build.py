@@ -14,7 +14,7 @@ from kpx.errors import CompileError
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import mark_weights, split
-from kpx.pipeline import Context, optimize_module
+from kpx.pipeline import Context, no_collections, optimize_module
 from kpx.runtime.compiled import Compiled
 from kpx.targets.target import Target
 
@@ -89,7 +89,8 @@ class ModelProgram:
             context = Context(target.platform, config, Fuel.from_environment())
             optimize_module(module, context)
             start = time.perf_counter()
-            halves = split(module)
+            with no_collections():
+                halves = split(module)
             context.seconds["prepare and run"] = time.perf_counter() - start
             self.prepare_weights = halves.prepare_weights
             # With nothing marked as a weight, everything is an input, in the order it came.
@@ -98,7 +99,7 @@ class ModelProgram:
             if halves.prepare is not None:
                 given = [structs[0][i] for i in self.prepare_weights]
                 prepare = jax.jit(call_module(halves.prepare)).lower(*given)
-                self._prepare = compile_lowered(prepare, target, Config(level="none"))
+                self._prepare = compile_lowered(prepare, target, config)
                 prepared = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in jax.tree.leaves(prepare.out_info)]
             else:
                 prepared = []

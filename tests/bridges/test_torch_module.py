@@ -222,6 +222,28 @@ def test_true_and_one_are_different_constants():
     assert torch.equal(optimized(X, 1), X + 1)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [kpx.Config.training(), kpx.Config.development(), kpx.Config(level="none"), kpx.Config(matmul_precision="high")],
+    ids=["training", "development", "none", "high"],
+)
+def test_every_config_gives_the_models_numbers(config):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.BatchNorm1d(512), torch.nn.Linear(512, 512)).eval()
+    x = torch.randn(64, 512)
+    with torch.no_grad():
+        torch.testing.assert_close(kpx.optimize(model, config=config)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_executables_persist_where_the_config_says(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        kpx.optimize(_model(), config=kpx.Config.production(cache_dir=str(tmp_path)))(X)
+        assert any(tmp_path.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_example_inputs_compile_at_once():
     optimized = kpx.optimize(_model(), example_inputs=(X,))
     assert len(optimized._entries) == 1
@@ -309,6 +331,15 @@ def test_active_dropout_is_refused_with_its_remedy():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).train()
     with pytest.raises(kpx.UnsupportedError, match=r"training mode[^.]*`model\.eval\(\)`|model\.eval\(\)"):
         kpx.optimize(model)(X)
+
+
+def test_dropout_inside_attention_is_refused():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    with pytest.raises(kpx.UnsupportedError, match=r"Dropout with p=0\.5 is active"):
+        kpx.optimize(Model())(torch.ones(1, 2, 4, 8))
 
 
 def test_a_changed_buffer_is_refused_not_dropped():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from kpx.bridges.torch.registry import lowers
+from kpx.bridges.torch.registry import lowers, refuse_dropout
 from kpx.kernels import attention, norm
 
 aten = torch.ops.aten
@@ -54,6 +54,7 @@ def dot(x, y):
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
+    refuse_dropout(dropout_p)
     return attention.attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
 
 
