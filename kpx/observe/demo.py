@@ -107,7 +107,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     table = Table(title=f"{result['model']}: {result['sentences']} sentences ({rows} x {columns} tokens), f32")
     for column, justify in (("", "left"), ("first call", "right"), ("latency (median)", "right"),
                             ("speed", "right"), ("largest difference", "right"), ("cosine", "right")):  # fmt: skip
-        table.add_column(column, justify=justify)
+        table.add_column(column, justify=justify, no_wrap=not column)
     for name, way in result["ways"].items():
         if "failed" in way:
             table.add_row(name, f"[red]{escape(way['failed'])}[/red]", "", "", "", "")
