@@ -51,7 +51,7 @@ def _persist(config: Config) -> None:
     folder = os.fspath(config.cache_dir)
     if jax.config.jax_compilation_cache_dir != folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 class ModelProgram:
