@@ -17,11 +17,12 @@ from kpx.passes import canonicalize, composites, convolution, layout, precision
 
 @dataclass
 class Context:
-    """What stages know and tell: the target's platform, the config, the fuel, and the report."""
+    """What stages know and tell: the target's platform and its bf16 tiles, the config, the fuel, and the report."""
 
     platform: str
     config: Config
     fuel: Fuel
+    bf16_tiles: bool = False
     report: Report = field(default_factory=Report)
     kernels: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -71,9 +72,9 @@ def canonicalize_again(module: ir.Module, context: Context) -> None:
         rewriting(canonicalize.RULES)(module, context)
 
 
-def stages(platform: str, config: Config) -> list[Stage]:
-    """The stages for a target's platform, in order."""
-    on_cpu = [Stage("choose precision", rewriting(precision.rules(config)))]
+def stages(context: Context) -> list[Stage]:
+    """The stages for a target, in order."""
+    on_cpu = [Stage("choose precision", rewriting(precision.rules(context.config, context.bf16_tiles)))]
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
         Stage("clean up", mlir("cse,symbol-dce")),
@@ -81,7 +82,7 @@ def stages(platform: str, config: Config) -> list[Stage]:
         Stage("choose kernels", choose_kernels),
         Stage("clean up again", mlir("cse,symbol-dce")),
         Stage("canonicalize, lay out", canonicalize_again),
-        *(on_cpu if platform == "cpu" else ()),
+        *(on_cpu if context.platform == "cpu" else ()),
         Stage("finish", mlir("cse,symbol-dce")),
     ]
 
@@ -89,7 +90,7 @@ def stages(platform: str, config: Config) -> list[Stage]:
 def optimize_module(module: ir.Module, context: Context) -> None:
     """Runs the stages over a module in place; the module is valid after each."""
     with no_collections():
-        for stage in stages(context.platform, context.config):
+        for stage in stages(context):
             start = time.perf_counter()
             stage.run(module, context)
             context.seconds[stage.name] = time.perf_counter() - start

@@ -7,7 +7,6 @@ from kpx.ir import module as m
 from kpx.ir.module import stablehlo
 from kpx.ir.rewrite import Rewrite, rewrite
 from kpx.ir.split import depends_on_weights_alone
-from kpx.targets import cpu
 
 
 @rewrite(
@@ -119,7 +118,7 @@ def _halves(value):
     return m.convert(high, "bf16"), m.convert(stablehlo.subtract(value, high), "bf16")
 
 
-def rules(config: Config) -> list[Rewrite]:
-    """The precision rewrites that a config asks for."""
-    high = config.matmul_precision == "high" and cpu.has_bf16_tiles()
+def rules(config: Config, bf16_tiles: bool) -> list[Rewrite]:
+    """The precision rewrites that a config asks for, on a CPU with or without bf16 tiles (AMX)."""
+    high = config.matmul_precision == "high" and bf16_tiles
     return [bf16_dot_yields_f32, *([f32_dot_as_three_bf16] if high else [])]
