@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from kpx.ir import module as m
 from kpx.ir.module import integers, producer, stablehlo
 from kpx.ir.rewrite import Rewrite, rewrite
@@ -199,7 +201,7 @@ def channel_vector(value, dimension):
     bound="the products of each sum may be added in another order: a few ulps of the largest partial sum",
 )
 def depthwise_convolution_as_shifts(op):
-    """A depthwise convolution is a sum of shifted arrays, each times its own vector of weights.
+    """A depthwise convolution is a sum of shifted arrays, each times its own vector of weights, in f32 at least.
 
     Before:
         func.func @main(%x: tensor<1x4x4x3xf32>, %w: tensor<1x2x1x3xf32>) -> tensor<1x4x3x3xf32> {
@@ -230,27 +232,34 @@ def depthwise_convolution_as_shifts(op):
     n, _, _, channels = m.shape(op.lhs) if m.rank(op.lhs) == 4 else (0,) * 4
     if not _plain(op) or op.feature_group_count.value != channels or m.shape(op.rhs)[3] != channels:
         return None
-    if channels == 1 or m.element_type(op.lhs) != m.element_type(op.result):
+    given, wide = m.element_type(op.lhs), m.element_type(op.result)
+    if channels == 1 or given not in ("bf16", "f16", wide):
         return None
-    kernel_h, kernel_w = m.shape(op.rhs)[:2]
+    wide = "f32" if wide in ("bf16", "f16") else wide
     kind, (stride_h, stride_w) = m.tensor_type(op.result), _strides(op)
     _, out_h, out_w, _ = kind.shape
-    (top, bottom), (left, right) = _padding(op)
-    x = op.lhs
-    if any((top, bottom, left, right)):
-        zero = m.full(m.tensor([], kind.element_type), 0)
-        amounts = [0, top, left, 0], [0, bottom, right, 0], [0] * 4
-        x = stablehlo.pad(x, zero, *(m.i64_array(a) for a in amounts))
-    total = None
-    for i in range(kernel_h):
-        for j in range(kernel_w):
-            ends = [n, i + (out_h - 1) * stride_h + 1, j + (out_w - 1) * stride_w + 1, channels]
-            shifted = m.slice_(x, [0, i, j, 0], ends, [1, stride_h, stride_w, 1])
-            tap = m.slice_(op.rhs, [i, j, 0, 0], [i + 1, j + 1, 1, channels], [1] * 4)
-            factor = m.broadcast(m.reshape(tap, [channels]), kind.shape, [3])
-            product = stablehlo.multiply(shifted, factor)
-            total = product if total is None else stablehlo.add(total, product)
-    return total
+    x, taps = m.convert(_padded(op.lhs, _padding(op)), wide), m.convert(op.rhs, wide)
+
+    def product(i, j):
+        ends = [n, i + (out_h - 1) * stride_h + 1, j + (out_w - 1) * stride_w + 1, channels]
+        shifted = m.slice_(x, [0, i, j, 0], ends, [1, stride_h, stride_w, 1])
+        tap = m.reshape(m.slice_(taps, [i, j, 0, 0], [i + 1, j + 1, 1, channels], [1] * 4), [channels])
+        return stablehlo.multiply(shifted, m.broadcast(tap, kind.shape, [3]))
+
+    kernel_h, kernel_w = m.shape(op.rhs)[:2]
+    # Row by row: one sum over all taps is slower by a third in XLA's code.
+    rows = [functools.reduce(stablehlo.add, (product(i, j) for j in range(kernel_w))) for i in range(kernel_h)]
+    return m.convert(functools.reduce(stablehlo.add, rows), m.element_type(op.result))
+
+
+def _padded(x, padding):
+    """An array with channels last and zeros around its height and width."""
+    (top, bottom), (left, right) = padding
+    if not any((top, bottom, left, right)):
+        return x
+    zero = m.full(m.tensor([], m.element_type(x)), 0)
+    amounts = [0, top, left, 0], [0, bottom, right, 0], [0] * 4
+    return stablehlo.pad(x, zero, *(m.i64_array(a) for a in amounts))
 
 
 @rewrite(stablehlo.ReduceWindowOp, exact=True)
