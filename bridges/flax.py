@@ -22,6 +22,11 @@ def accepts(model: Any) -> bool:
     return isinstance(model, (nnx.Module, linen.Module))
 
 
+def resolve_target(given: str | Target | None) -> Target:
+    """The target of a name; JAX's default device for None."""
+    return Target.resolve(given)
+
+
 def optimize(
     model: Any,
     example_inputs: Sequence | None,

@@ -47,7 +47,7 @@ def optimize(
     """
     config = resolve(config)
     if (bridge := registry.find(model)) is not None:
-        chosen = Target.resolve("cpu" if target is None and bridge.__name__ == "kpx.bridges.torch" else target)
+        chosen = bridge.resolve_target(target)
         return bridge.optimize(model, example_inputs, example_kwargs, chosen, config)
     if not callable(model):
         raise InputError(_not_a_model(model))
@@ -236,7 +236,7 @@ def compile(
     """
     config = resolve(config)
     if (bridge := registry.find(fun_or_model)) is not None:
-        chosen = Target.resolve("cpu" if target is None and bridge.__name__ == "kpx.bridges.torch" else target)
+        chosen = bridge.resolve_target(target)
         return bridge.compile(fun_or_model, specs, named_specs, chosen, config)
     if not callable(fun_or_model):
         raise InputError(_not_a_model(fun_or_model))

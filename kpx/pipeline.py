@@ -12,17 +12,17 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
-from kpx.passes import canonicalize, composites, convolution, layout, precision
+from kpx.passes import canonicalize, composites, convolution, layout, library, precision
 
 
 @dataclass
 class Context:
-    """What stages know and tell: the target's platform and its bf16 tiles, the config, the fuel, and the report."""
+    """What stages know and tell: the target's platform and features, the config, the fuel, and the report."""
 
     platform: str
+    features: frozenset[str]
     config: Config
     fuel: Fuel
-    bf16_tiles: bool = False
     report: Report = field(default_factory=Report)
     kernels: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,6 +57,19 @@ def mlir(passes: str) -> Callable[[ir.Module, Context], None]:
     return lambda module, context: m.run_passes(module, passes)
 
 
+def products(context: Context) -> list[Rewrite]:
+    """The rewrites that choose how the CPU computes products: in which precision, and by whom."""
+    bf16_tiles, mkl = "bf16_tiles" in context.features, "mkl" in context.features
+    rules = [precision.bf16_dot_yields_f32]
+    if context.config.matmul_precision == "high" and bf16_tiles:
+        rules.append(library.mkl_product_in_three_bf16 if mkl else precision.f32_dot_as_three_bf16)
+    if mkl:
+        rules += [library.mkl_product_writes_transposed, library.mkl_product]
+    if mkl and bf16_tiles:
+        rules.append(library.mkl_product_of_bf16)
+    return rules
+
+
 def choose_kernels(module: ir.Module, context: Context) -> None:
     """A stage's body that turns composites into kernels, or into their decompositions."""
     context.kernels = composites.lower_composites(module, context.platform)
@@ -74,7 +87,7 @@ def canonicalize_again(module: ir.Module, context: Context) -> None:
 
 def stages(context: Context) -> list[Stage]:
     """The stages for a target, in order."""
-    on_cpu = [Stage("choose precision", rewriting(precision.rules(context.config, context.bf16_tiles)))]
+    on_cpu = [Stage("choose products", rewriting(products(context)))]
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
         Stage("clean up", mlir("cse,symbol-dce")),

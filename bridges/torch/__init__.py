@@ -12,14 +12,25 @@ from kpx.bridges.torch.registry import lowers
 from kpx.config import Config
 from kpx.errors import InputError
 from kpx.runtime.compiled import Compiled
+from kpx.runtime.jax_internals import compute_in_callers_thread
 from kpx.targets.target import Target
 
-__all__ = ["OptimizedModule", "accepts", "compile", "lowers", "optimize"]
+__all__ = ["OptimizedModule", "accepts", "compile", "lowers", "optimize", "resolve_target"]
 
 
 def accepts(model: Any) -> bool:
     """Whether this bridge takes a model."""
     return isinstance(model, torch.nn.Module)
+
+
+def resolve_target(given: str | Target | None) -> Target:
+    """The target of a name; the CPU, where PyTorch's tensors are, for None.
+
+    Whoever called waits for a tensor's values anyway, so JAX's CPU client, where this process has none yet, is
+    made to compute in the caller's thread: handing over to another takes tens of microseconds a call.
+    """
+    compute_in_callers_thread()
+    return Target.resolve("cpu" if given is None else given)
 
 
 def optimize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ _MOVES = {
 }  # fmt: skip
 _READS_MEMORY = (
     stablehlo.DotGeneralOp, stablehlo.ConvolutionOp, stablehlo.ReduceOp, stablehlo.GatherOp,
-    stablehlo.ScatterOp, stablehlo.SortOp, stablehlo.TransposeOp, stablehlo.ReduceWindowOp,
+    stablehlo.ScatterOp, stablehlo.SortOp, stablehlo.CustomCallOp, stablehlo.TransposeOp, stablehlo.ReduceWindowOp,
 )  # fmt: skip
 
 
@@ -80,6 +81,8 @@ def _flops(op: Any, kind: str) -> float:
         for d in contracted:
             length *= m.shape(op.lhs)[d]
         return 2.0 * m.size(op.result) * length
+    if isinstance(op, stablehlo.CustomCallOp) and op.call_target_name.value.startswith("kpx_matmul"):
+        return 2.0 * math.prod(m.integers(m.dictionary(op.backend_config)["sizes"]))
     if isinstance(op, stablehlo.ConvolutionOp):
         numbers = stablehlo.ConvDimensionNumbers(op.dimension_numbers)
         outputs = m.shape(op.rhs)[numbers.kernel_output_feature_dimension]

@@ -419,3 +419,20 @@ def rebuild(op: Any, operands: Sequence[Value], types: Sequence[ir.Type] | None 
         operands=list(operands),
         attributes=attributes,
     )
+
+
+def custom_call(target: str, result: ir.Type, operands: Sequence[Value], attributes: dict[str, ir.Attribute]) -> Value:
+    """A call, free of effects, of a typed FFI handler over arrays that lie row by row."""
+
+    def layout(rank: int) -> ir.Attribute:
+        return ir.DenseElementsAttr.get(np.arange(rank)[::-1].copy(), type=ir.IndexType.get())
+
+    return stablehlo.custom_call(
+        [result],
+        list(operands),
+        target,
+        api_version=ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4),
+        backend_config=ir.DictAttr.get(attributes),
+        operand_layouts=ir.ArrayAttr.get([layout(rank(o)) for o in operands]),
+        result_layouts=ir.ArrayAttr.get([layout(len(ir.RankedTensorType(result).shape))]),
+    )

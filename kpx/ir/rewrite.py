@@ -327,8 +327,8 @@ def _key(op: Any) -> int:
 
 
 _EFFECTS = {
-    "func.func", "func.return", "func.call", "stablehlo.return", "stablehlo.custom_call",
-    "stablehlo.send", "stablehlo.recv", "stablehlo.infeed", "stablehlo.outfeed", "stablehlo.while",
+    "func.func", "func.return", "func.call", "stablehlo.return", "stablehlo.send",
+    "stablehlo.recv", "stablehlo.infeed", "stablehlo.outfeed", "stablehlo.while",
     "stablehlo.rng", "stablehlo.create_token", "stablehlo.after_all", "builtin.module",
 }  # fmt: skip
 
@@ -338,6 +338,9 @@ def is_pure(operation: Any) -> bool:
     name = operation.name
     if name in _EFFECTS or not name.startswith(("stablehlo.", "chlo.")):
         return False
+    if name == "stablehlo.custom_call":
+        stated = operation.attributes
+        return "has_side_effect" not in stated or not ir.BoolAttr(stated["has_side_effect"]).value
     return not len(operation.regions) or all(is_pure(op.operation) or _ends(op) for op in m.walk(operation))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -13,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from kpx.kernels import mkl
 
 # Package -> what it gives, and the extra that brings it ("" for what kpx itself needs).
 _PACKAGES = {
@@ -44,7 +47,10 @@ def examine() -> dict[str, Any]:
             )
     if shutil.which("c++") is None and shutil.which("g++") is None:
         problems.append(
-            {"problem": "no C++ compiler: torch.compile cannot run beside kpx", "remedy": "apt-get install g++"}
+            {
+                "problem": "no C++ compiler: neither MKL's products nor torch.compile can be had",
+                "remedy": "apt-get install g++",
+            }
         )
     for variable in ("KPX_FUEL", "KPX_LEVEL", "KPX_DISABLE"):
         if os.environ.get(variable):
@@ -54,6 +60,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": packages,
         "devices": _devices(),
+        "products": _products(),
         "problems": problems,
     }
 
@@ -85,6 +92,14 @@ def _devices() -> list[dict[str, Any]]:
     ]
 
 
+def _products() -> str:
+    """Who computes matrix products on the CPU."""
+    if importlib.util.find_spec("torch") is not None:
+        importlib.import_module("torch")  # MKL is used where PyTorch is loaded
+    lacking = mkl.missing()
+    return "MKL's" if lacking is None else f"XLA's own: {lacking}"
+
+
 def show(console: Console, result: dict[str, Any]) -> None:
     """Prints what `examine` found."""
     table = Table(title=f"Python {result['python']} on {result['platform']}")
@@ -96,6 +111,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for device in result["devices"]:
         cores = f", {device['cores']} cores" if device["cores"] else ""
         console.print(f"Device: {device['platform']} ({device['kind']}{cores})")
+    console.print(f"Matrix products on the CPU: {escape(result['products'])}", highlight=False)
     for problem in result["problems"]:
         console.print(f"[yellow]{escape(problem['problem'])}[/yellow]: `{escape(problem['remedy'])}`")
     if not result["problems"]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
-from kpx.ir.rewrite import Rewrite, rewrite
+from kpx.ir.rewrite import rewrite
 from kpx.ir.split import depends_on_weights_alone
 
 
@@ -55,7 +54,7 @@ def f32_dot_as_three_bf16(op):
     """An f32 product by a weight is three bf16 products: high by high, high by low, low by high.
 
     A number is split into bf16 numbers that carry its upper 16 bits; the product of the two low parts is left
-    out. The weight's parts are made at load. PyTorch calls this precision "high" (bf16x3).
+    out, and so are low parts that are not finite. The weight's parts are made at load. PyTorch calls this precision "high" (bf16x3).
     Source: Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
     Higher-Precision Computations", arXiv 1904.06376.
 
@@ -77,9 +76,12 @@ def f32_dot_as_three_bf16(op):
           %8 = stablehlo.dot_general %1, %7, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
           %9 = stablehlo.dot_general %3, %5, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
           %10 = stablehlo.add %8, %9 : tensor<64x512xf32>
-          %11 = stablehlo.dot_general %1, %5, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
-          %12 = stablehlo.add %11, %10 : tensor<64x512xf32>
-          return %12 : tensor<64x512xf32>
+          %11 = stablehlo.is_finite %10 : (tensor<64x512xf32>) -> tensor<64x512xi1>
+          %12 = stablehlo.constant dense<0.0> : tensor<64x512xf32>
+          %13 = stablehlo.select %11, %10, %12 : tensor<64x512xi1>, tensor<64x512xf32>
+          %14 = stablehlo.dot_general %1, %5, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x512xbf16>) -> tensor<64x512xf32>
+          %15 = stablehlo.add %14, %13 : tensor<64x512xf32>
+          return %15 : tensor<64x512xf32>
         }
     Unchanged:
         func.func @main(%a: tensor<64x512xf32>, %b: tensor<512x512xf32>) -> tensor<64x512xf32> {
@@ -96,12 +98,14 @@ def f32_dot_as_three_bf16(op):
     rows, columns = m.size(op.lhs) // length, m.size(op.rhs) // length
     if not by_weight or rows < 64 or min(length, columns) < 512 or rows * columns > 1 << 23:
         return None
-    (high_l, low_l), (high_r, low_r) = _halves(op.lhs), _halves(op.rhs)
+    (high_l, low_l), (high_r, low_r) = bf16_parts(op.lhs), bf16_parts(op.rhs)
 
     def product(lhs, rhs):
         return stablehlo.dot_general(op.result.type, lhs, rhs, op.dot_dimension_numbers)
 
     small = stablehlo.add(product(high_l, low_r), product(low_l, high_r))
+    # Infinities and NaN come from the product of the high parts alone.
+    small = stablehlo.select(stablehlo.is_finite(small), small, m.full(op.result.type, 0))
     return stablehlo.add(product(high_l, high_r), small)
 
 
@@ -112,13 +116,8 @@ def _contracted(op) -> int:
     return length
 
 
-def _halves(value):
+def bf16_parts(value):
+    """An f32 array as two bf16 ones: what bf16 holds of it, and what it holds of the rest."""
     # reduce_precision, not a convert there and back: XLA may take that for nothing.
     high = stablehlo.reduce_precision(value, 8, 7)
     return m.convert(high, "bf16"), m.convert(stablehlo.subtract(value, high), "bf16")
-
-
-def rules(config: Config, bf16_tiles: bool) -> list[Rewrite]:
-    """The precision rewrites that a config asks for, on a CPU with or without bf16 tiles (AMX)."""
-    high = config.matmul_precision == "high" and bf16_tiles
-    return [bf16_dot_yields_f32, *([f32_dot_as_three_bf16] if high else [])]

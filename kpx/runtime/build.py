@@ -22,7 +22,7 @@ from kpx.targets.target import Target
 def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> Context:
     """Rewrites a lowered function's module in place: its `compile()` then compiles the new one."""
     module = lowered.compiler_ir("stablehlo")
-    context = Context(target.platform, config, Fuel.from_environment(), target.bf16_tiles)
+    context = Context(target.platform, target.features, config, Fuel.from_environment())
     optimize_module(module, context)
     return context
 
@@ -86,7 +86,7 @@ class ModelProgram:
             module = lowered.compiler_ir("stablehlo")
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
-            context = Context(target.platform, config, Fuel.from_environment(), target.bf16_tiles)
+            context = Context(target.platform, target.features, config, Fuel.from_environment())
             optimize_module(module, context)
             start = time.perf_counter()
             with no_collections():

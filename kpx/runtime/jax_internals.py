@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import core as _core
 from jax._src import tree_util as _tree_util
+from jax._src import xla_bridge as _xla_bridge
 from jax._src.interpreters import pxla as _pxla
 from jax._src.lib import _jax
 
@@ -19,6 +20,12 @@ from jax._src.lib import _jax
 def is_tracing() -> bool:
     """Whether a JAX transformation is under way, so that calls are recorded and not run."""
     return not _core.trace_state_clean()
+
+
+def compute_in_callers_thread() -> None:
+    """Turns JAX's asynchronous dispatch on the CPU off, where no client has been made yet; later it has no effect."""
+    if not _xla_bridge.backends_are_initialized():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def array_from_capsule(capsule: Any, device: jax.Device) -> jax.Array:

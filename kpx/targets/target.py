@@ -15,6 +15,7 @@ import numpy as np
 from kpx.errors import TargetError
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
+from kpx.kernels import mkl
 from kpx.targets import cpu
 
 # JAX's names for the platforms that have a pipeline, and what installs each.
@@ -69,9 +70,13 @@ class Target:
         return _devices(self.platform)[0]
 
     @property
-    def bf16_tiles(self) -> bool:
-        """Whether bf16 products run several times faster than f32 ones (a CPU with AMX)."""
-        return self.platform == "cpu" and cpu.has_bf16_tiles()
+    def features(self) -> frozenset[str]:
+        """What the pipeline may count on: `bf16_tiles` (bf16 products run several times faster than f32 ones: a
+        CPU with AMX), `mkl` (MKL's products can be called)."""
+        if self.platform != "cpu":
+            return frozenset()
+        found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available()}
+        return frozenset(name for name, has in found.items() if has)
 
     def compiler_options(self, module: Any) -> dict[str, str]:
         """XLA options for a module's executable on this target."""

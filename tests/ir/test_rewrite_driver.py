@@ -137,12 +137,14 @@ def test_an_op_with_an_effect_is_never_erased():
     module = m.parse("""
     func.func @main(%a: tensor<4xf32>) -> tensor<4xf32> {
       stablehlo.custom_call @note(%a) {has_side_effect = true} : (tensor<4xf32>) -> ()
-      %0 = stablehlo.custom_call @other(%a) : (tensor<4xf32>) -> tensor<4xf32>
-      %1 = stablehlo.negate %a : tensor<4xf32>
+      %0 = stablehlo.custom_call @counts(%a) {has_side_effect = true} : (tensor<4xf32>) -> tensor<4xf32>
+      %1 = stablehlo.custom_call @pure(%a) : (tensor<4xf32>) -> tensor<4xf32>
+      %2 = stablehlo.negate %a : tensor<4xf32>
       return %a : tensor<4xf32>
     }""")
     r.erase_dead(module)
     text = m.text(module)
     assert "@note" in text
-    assert "@other" in text
+    assert "@counts" in text
+    assert "@pure" not in text
     assert "negate" not in text

@@ -13,7 +13,7 @@ from kpx.observe import demo, doctor, minilm
 def test_doctor_lists_versions_devices_and_what_is_missing(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"python", "platform", "packages", "devices", "problems"} == set(found)
+    assert {"python", "platform", "packages", "devices", "products", "problems"} == set(found)
     assert any(p["name"] == "jax" and p["version"] for p in found["packages"])
     assert found["devices"][0]["platform"] == "cpu"
 

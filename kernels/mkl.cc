@@ -1,0 +1,283 @@
+// Matrix products by Intel MKL as XLA custom calls (typed FFI), on the threads that XLA runs everything else on.
+//
+// One product is batch x (m, k) x (k, n) -> (m, n), every operand strided. Attributes, arrays of int64:
+//   sizes: m, n, k, then the batch dimensions;
+//   lhs, rhs: 1 where the matrix is stored transposed, its leading dimension, then a stride for each batch dimension;
+//   out: the leading dimension, then the batch strides. Strides count elements.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace {
+
+using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                       const int*, const float*, const int*, const float*, float*, const int*);
+using GemmBf16 = void (*)(int, int, int, int, int, int, float, const uint16_t*, int, const uint16_t*, int, float,
+                          float*, int);
+using SetThreads = int (*)(int);
+
+Sgemm sgemm;
+GemmBf16 gemm_bf16;
+SetThreads set_threads;
+
+constexpr int kRowMajor = 101, kPlain = 111, kTransposed = 112;
+constexpr int64_t kSums = 1 << 20;  // f32 numbers: four megabytes
+
+enum class Kind { kF32, kBf16, kF32AsThreeBf16 };
+
+struct Operand {
+  int64_t transposed = 0, leading = 0;
+  const int64_t* batch_strides = nullptr;
+  // Where row i or column j of the matrix starts, in elements.
+  int64_t row(int64_t i) const { return transposed ? i : i * leading; }
+  int64_t column(int64_t j) const { return transposed ? j * leading : j; }
+};
+
+struct Span {
+  const int64_t* data;
+  int64_t size;
+};
+
+Span Attribute(const XLA_FFI_Attrs& attrs, const char* name) {
+  for (int64_t i = 0; i < attrs.size; ++i) {
+    const XLA_FFI_ByteSpan* span = attrs.names[i];
+    if (attrs.types[i] == XLA_FFI_AttrType_ARRAY && span->len == std::strlen(name) &&
+        std::memcmp(span->ptr, name, span->len) == 0) {
+      auto* array = static_cast<XLA_FFI_Array*>(attrs.attrs[i]);
+      return {static_cast<const int64_t*>(array->data), static_cast<int64_t>(array->size)};
+    }
+  }
+  return {nullptr, 0};
+}
+
+inline uint32_t Bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float Float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline bool Finite(float x) { return (Bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+// The upper 16 bits of a number, rounded to nearest even, and of what is left. Infinities and NaN leave nothing.
+inline void Split(float x, uint16_t* high, uint16_t* low) {
+  const uint32_t bits = Bits(x);
+  const bool finite = Finite(x);
+  const uint32_t rounded = finite ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | ((bits & 0x7fffffu) ? 0x400000u : 0u);
+  *high = static_cast<uint16_t>(rounded >> 16);
+  const float rest = x - Float(rounded & 0xffff0000u);
+  const uint32_t rest_bits = Bits(rest);
+  *low = finite ? static_cast<uint16_t>((rest_bits + 0x7fffu + ((rest_bits >> 16) & 1u)) >> 16) : 0;
+}
+
+// One product, cut into tasks that threads take until none is left. Threads that come too late find nothing to do,
+// so nobody waits for a task that has not started, and the pool cannot deadlock.
+struct Product {
+  Kind kind;
+  int64_t m, n, k;
+  std::vector<int64_t> batch;
+  Operand lhs, rhs, out;
+  const char *a, *b, *b_low;
+  float* c;
+  int64_t row_blocks = 1, column_blocks = 1, units = 1, tasks = 1;
+  std::atomic<int64_t> next{0}, done{0}, references{1};
+
+  void RunTasks() {
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+      const int before = set_threads(1);
+      for (int64_t unit = task * units / tasks; unit < (task + 1) * units / tasks; ++unit) RunUnit(unit);
+      set_threads(before);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void RunUnit(int64_t unit) const {
+    const int64_t column_block = unit % column_blocks, row_block = unit / column_blocks % row_blocks;
+    int64_t index = unit / column_blocks / row_blocks, at_a = 0, at_b = 0, at_c = 0;
+    for (int64_t d = static_cast<int64_t>(batch.size()) - 1; d >= 0; --d) {
+      const int64_t i = index % batch[d];
+      index /= batch[d];
+      at_a += i * lhs.batch_strides[d];
+      at_b += i * rhs.batch_strides[d];
+      at_c += i * out.batch_strides[d];
+    }
+    const int64_t row = Start(row_block, row_blocks, m), rows = Start(row_block + 1, row_blocks, m) - row;
+    const int64_t column = Start(column_block, column_blocks, n);
+    const int64_t columns = Start(column_block + 1, column_blocks, n) - column;
+    if (rows == 0 || columns == 0) return;
+    Multiply(at_a + lhs.row(row), at_b + rhs.column(column), c + at_c + row * out.leading + column, rows, columns);
+  }
+
+  // Blocks start at multiples of 16, which the kernels' tiles divide.
+  static int64_t Start(int64_t block, int64_t blocks, int64_t size) {
+    return block == blocks ? size : std::min(size, (block * size / blocks + 15) / 16 * 16);
+  }
+
+  void Multiply(int64_t at_a, int64_t at_b, float* to, int64_t rows, int64_t columns) const {
+    if (kind == Kind::kF32) {
+      // MKL's Fortran interface is column-major: it computes the transposed product, operands exchanged.
+      const int mm = columns, nn = rows, kk = k, lda = rhs.leading, ldb = lhs.leading, ldc = out.leading;
+      const float one = 1, zero = 0;
+      sgemm(rhs.transposed ? "T" : "N", lhs.transposed ? "T" : "N", &mm, &nn, &kk, &one,
+            reinterpret_cast<const float*>(b) + at_b, &lda, reinterpret_cast<const float*>(a) + at_a, &ldb, &zero, to,
+            &ldc);
+    } else if (kind == Kind::kBf16) {
+      Bf16(reinterpret_cast<const uint16_t*>(a) + at_a, lhs.transposed, lhs.leading,
+           reinterpret_cast<const uint16_t*>(b) + at_b, 0, to, rows, columns);
+    } else {
+      InThree(reinterpret_cast<const float*>(a) + at_a, reinterpret_cast<const uint16_t*>(b) + at_b,
+              reinterpret_cast<const uint16_t*>(b_low) + at_b, to, rows, columns);
+    }
+  }
+
+  void Bf16(const uint16_t* x, bool transposed, int64_t leading, const uint16_t* y, float keep, float* to,
+            int64_t rows, int64_t columns) const {
+    gemm_bf16(kRowMajor, transposed ? kTransposed : kPlain, rhs.transposed ? kTransposed : kPlain, rows, columns, k, 1,
+              x, leading, y, rhs.leading, keep, to, out.leading);
+  }
+
+  void InThree(const float* x, const uint16_t* high, const uint16_t* low, float* to, int64_t rows,
+               int64_t columns) const {
+    std::unique_ptr<uint16_t[]> parts(new uint16_t[2 * rows * k]);
+    uint16_t *x_high = parts.get(), *x_low = x_high + rows * k;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < k; ++j) Split(x[i * lhs.leading + j], x_high + i * k + j, x_low + i * k + j);
+    }
+    // A stretch of columns at a time, so that the sums of the three products stay in the cache.
+    const int64_t stretch = std::max<int64_t>(256, kSums / rows / 64 * 64);
+    for (int64_t j = 0; j < columns; j += stretch) {
+      const int64_t width = std::min(stretch, columns - j), at = rhs.column(j);
+      Bf16(x_low, false, k, high + at, 0, to + j, rows, width);  // the small parts first
+      Bf16(x_high, false, k, low + at, 1, to + j, rows, width);
+      for (int64_t i = 0; i < rows; ++i) {  // infinities and NaN come from the product of the high parts alone
+        float* row = to + i * out.leading + j;
+        for (int64_t c = 0; c < width; ++c) row[c] = Finite(row[c]) ? row[c] : 0;
+      }
+      Bf16(x_high, false, k, high + at, 1, to + j, rows, width);
+    }
+  }
+
+  void Release() {
+    if (references.fetch_sub(1) == 1) delete this;
+  }
+};
+
+void RunScheduled(void* data) {
+  auto* product = static_cast<Product*>(data);
+  product->RunTasks();
+  product->Release();
+}
+
+XLA_FFI_Error* Fail(const XLA_FFI_Api* api, const char* message) {
+  XLA_FFI_Error_Create_Args args{};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.message = message;
+  args.errc = XLA_FFI_Error_Code_INVALID_ARGUMENT;
+  return api->XLA_FFI_Error_Create(&args);
+}
+
+bool Ignore(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
+  if (error == nullptr) return true;
+  XLA_FFI_Error_Destroy_Args args{};
+  args.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
+  args.error = error;
+  api->XLA_FFI_Error_Destroy(&args);
+  return false;
+}
+
+int64_t Threads(const XLA_FFI_CallFrame* frame) {
+  int64_t threads = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args args{};
+  args.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE;
+  args.ctx = frame->ctx;
+  args.num_threads = &threads;
+  return Ignore(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? std::max<int64_t>(threads, 1) : 1;
+}
+
+// Cuts a product so that each thread has work: over the batch where that suffices, else over the longer side.
+void Divide(Product* p, int64_t threads) {
+  int64_t matrices = 1;
+  for (int64_t size : p->batch) matrices *= size;
+  // Waking a thread may take as long as some MFLOP on this one.
+  const int64_t flops = 2 * matrices * p->m * p->n * p->k;
+  const int64_t least = p->kind == Kind::kF32 ? int64_t{1} << 21 : int64_t{1} << 23;
+  threads = std::min(threads, std::max<int64_t>(1, flops / least));
+  if (threads > 1 && matrices < 2 * threads) {
+    const int64_t blocks = (threads + matrices - 1) / matrices;
+    (p->m >= p->n ? p->row_blocks : p->column_blocks) = blocks;
+  }
+  p->units = matrices * p->row_blocks * p->column_blocks;
+  p->tasks = std::min(p->units, threads == 1 ? 1 : 2 * threads);
+}
+
+XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
+  for (auto* extension = frame->extension_start; extension != nullptr; extension = extension->next) {
+    if (extension->type == XLA_FFI_Extension_Metadata) {
+      auto* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
+      metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+      metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+      return nullptr;
+    }
+  }
+  const int64_t arguments = kind == Kind::kF32AsThreeBf16 ? 3 : 2;
+  const Span sizes = Attribute(frame->attrs, "sizes"), lhs = Attribute(frame->attrs, "lhs");
+  const Span rhs = Attribute(frame->attrs, "rhs"), out = Attribute(frame->attrs, "out");
+  if (frame->args.size != arguments || frame->rets.size != 1 || sizes.size < 3 || lhs.size != sizes.size - 1 ||
+      rhs.size != sizes.size - 1 || out.size != sizes.size - 2) {
+    return Fail(frame->api, "kpx_matmul: operands or attributes are not those of a product; see kernels/mkl.cc");
+  }
+  auto data = [&](int64_t i) { return static_cast<char*>(static_cast<XLA_FFI_Buffer*>(frame->args.args[i])->data); };
+  auto* p = new Product{kind, sizes.data[0], sizes.data[1], sizes.data[2]};
+  p->batch.assign(sizes.data + 3, sizes.data + sizes.size);
+  p->lhs = {lhs.data[0], lhs.data[1], lhs.data + 2};
+  p->rhs = {rhs.data[0], rhs.data[1], rhs.data + 2};
+  p->out = {0, out.data[0], out.data + 1};
+  p->a = data(0);
+  p->b = data(1);
+  p->b_low = arguments == 3 ? data(2) : nullptr;
+  p->c = static_cast<float*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[0])->data);
+  Divide(p, Threads(frame));
+  for (int64_t i = 1; i < std::min<int64_t>(p->tasks, Threads(frame)); ++i) {
+    XLA_FFI_ThreadPool_Schedule_Args args{};
+    args.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE;
+    args.ctx = frame->ctx;
+    args.task = RunScheduled;
+    args.data = p;
+    p->references.fetch_add(1);
+    if (!Ignore(frame->api, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) p->Release();
+  }
+  p->RunTasks();
+  for (int spins = 0; p->done.load(std::memory_order_acquire) < p->tasks; ++spins) {
+    if (spins > 4096) std::this_thread::yield();
+  }
+  p->Release();
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+void kpx_mkl_bind(void* sgemm_function, void* gemm_bf16_function, void* set_threads_function) {
+  sgemm = reinterpret_cast<Sgemm>(sgemm_function);
+  gemm_bf16 = reinterpret_cast<GemmBf16>(gemm_bf16_function);
+  set_threads = reinterpret_cast<SetThreads>(set_threads_function);
+}
+
+XLA_FFI_Error* kpx_matmul_f32(XLA_FFI_CallFrame* frame) { return Run(frame, Kind::kF32); }
+XLA_FFI_Error* kpx_matmul_bf16(XLA_FFI_CallFrame* frame) { return Run(frame, Kind::kBf16); }
+XLA_FFI_Error* kpx_matmul_f32_as_three_bf16(XLA_FFI_CallFrame* frame) { return Run(frame, Kind::kF32AsThreeBf16); }
+
+}  // extern "C"
