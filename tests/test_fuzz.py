@@ -9,6 +9,7 @@ from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.pipeline import Context, optimize_module
+from kpx.targets.target import Target
 from tests.programs import Program
 from tests.reference import random_arguments
 
@@ -18,7 +19,7 @@ def check(seed: int, config: Config) -> int:
     source = Program(seed).text
     module = m.parse(source)
     arguments = random_arguments(module, seed)
-    context = Context("cpu", config, Fuel(None))
+    context = Context("cpu", Target("cpu").features, config, Fuel(None))
     optimize_module(module, context)
     assert not context.report.reverted, context.report.reverted
     with jax.enable_x64(True):
