@@ -36,8 +36,8 @@ class Stage:
     run: Callable[[ir.Module, Context], None]
 
 
-def rewriting(rules: list[Rewrite]) -> Callable[[ir.Module, Context], None]:
-    """A stage's body that applies rewrites, as far as the config allows them."""
+def rewriting(rules: list[Rewrite], *, callees: bool = False) -> Callable[[ir.Module, Context], None]:
+    """A stage's body that applies rewrites, as far as the config allows them, to all functions or all but `main`."""
 
     def run(module: ir.Module, context: Context) -> None:
         config = context.config
@@ -47,7 +47,9 @@ def rewriting(rules: list[Rewrite]) -> Callable[[ir.Module, Context], None]:
             if r.name not in config.disable and (r.exact or config.level == "balanced") and config.level != "none"
         ]
         if allowed:
-            apply_rewrites(module, allowed, context.fuel, context.report, verify_each=config.verify_each)
+            apply_rewrites(
+                module, allowed, context.fuel, context.report, verify_each=config.verify_each, callees=callees
+            )
 
     return run
 
@@ -75,8 +77,8 @@ def choose_kernels(module: ir.Module, context: Context) -> None:
     context.kernels = composites.lower_composites(module, context.platform)
 
 
-def canonicalize_again(module: ir.Module, context: Context) -> None:
-    """A stage's body that canonicalizes what kernels became, and gives the CPU its convolutions' layout and forms."""
+def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
+    """A stage's body that canonicalizes, and gives the CPU its convolutions' layout and forms."""
     convolutions = any(isinstance(op, stablehlo.ConvolutionOp) for op in m.walk(module.operation))
     if convolutions and context.platform == "cpu":
         rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
@@ -90,11 +92,11 @@ def stages(context: Context) -> list[Stage]:
     on_cpu = [Stage("choose products", rewriting(products(context)))]
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
-        Stage("clean up", mlir("cse,symbol-dce")),
-        Stage("canonicalize", rewriting(canonicalize.RULES)),
+        # A decomposition that many ops share is canonicalized once, before it takes the place of each.
+        Stage("canonicalize decompositions", rewriting(canonicalize.RULES, callees=True)),
         Stage("choose kernels", choose_kernels),
-        Stage("clean up again", mlir("cse,symbol-dce")),
-        Stage("canonicalize, lay out", canonicalize_again),
+        Stage("clean up", mlir("cse,symbol-dce")),
+        Stage("canonicalize, lay out", canonicalize_and_lay_out),
         *(on_cpu if context.platform == "cpu" else ()),
         Stage("finish", mlir("cse,symbol-dce")),
     ]

@@ -140,27 +140,35 @@ class Report:
 
 
 def apply_rewrites(
-    module: ir.Module, rules: Iterable[Rewrite], fuel: Fuel, report: Report, *, verify_each: bool = False
+    module: ir.Module,
+    rules: Iterable[Rewrite],
+    fuel: Fuel,
+    report: Report,
+    *,
+    verify_each: bool = False,
+    callees: bool = False,
 ) -> int:
     """Applies rules until none fires, in place; verifies, and reverts a rule that breaks the module.
 
-    With `verify_each` the module is verified after every single rewrite, not once at the end.
+    Args:
+        verify_each: verify the module after every single rewrite, not once at the end.
+        callees: leave the ops of `main` alone.
 
     Returns:
         How many rewrites were applied.
     """
     rules = [r for r in rules if r.name not in report.reverted]
     before, left = m.copy(module), fuel.left
-    driver = _Driver(module, rules, fuel, report, verify_each)
+    driver = _Driver(module, rules, fuel, report, verify_each, callees)
     try:
         counts = driver.run()
         m.verify(module)
     except RewriteError:
         m.replace_body(module, before)
         fuel.left = left
-        culprit, why = _first_to_break(module, rules, left)
+        culprit, why = _first_to_break(module, rules, left, callees)
         report.revert(culprit, why)
-        return apply_rewrites(module, rules, fuel, report, verify_each=verify_each)
+        return apply_rewrites(module, rules, fuel, report, verify_each=verify_each, callees=callees)
     report.counts.update(counts)
     return sum(counts.values())
 
@@ -177,10 +185,10 @@ def _is_used(op: Any) -> bool:
     return any(next(iter(r.uses), None) is not None for r in op.results)
 
 
-def _first_to_break(module: ir.Module, rules: list[Rewrite], fuel: int | None) -> tuple[str, str]:
+def _first_to_break(module: ir.Module, rules: list[Rewrite], fuel: int | None, callees: bool) -> tuple[str, str]:
     """The rule whose application first leaves an invalid module (on a copy, verified at each step)."""
     trial = m.copy(module)
-    driver = _Driver(trial, rules, Fuel(fuel), Report(), True)
+    driver = _Driver(trial, rules, Fuel(fuel), Report(), True, callees)
     try:
         driver.run()
         m.verify(trial)
@@ -192,8 +200,9 @@ def _first_to_break(module: ir.Module, rules: list[Rewrite], fuel: int | None) -
 class _Driver:
     """A worklist over every op of a module: a change puts its neighbours back on the list."""
 
-    def __init__(self, module, rules, fuel, report, verify_each: bool):
+    def __init__(self, module, rules, fuel, report, verify_each: bool, callees: bool):
         self.module, self.fuel, self.report, self.verify_each = module, fuel, report, verify_each
+        self.roots = [f for name, f in m.functions(module).items() if not (callees and name == "main")]
         self.by_op: dict[str, list[Rewrite]] = collections.defaultdict(list)
         for rule in rules:
             for op in rule.ops:
@@ -206,7 +215,7 @@ class _Driver:
 
     def run(self) -> collections.Counter[str]:
         with self.module.context, ir.Location.unknown():
-            for op in reversed(list(m.walk(self.module.operation))):
+            for op in reversed([op for root in self.roots for op in m.walk(root)]):
                 self.alive.add(_key(op))
                 if op.operation.name in self.by_op:
                     self._push(op.operation)

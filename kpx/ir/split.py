@@ -77,7 +77,8 @@ def depends_on_weights_alone(value: Value, depth: int = 24) -> bool:
         parent = owner.owner.opview
         if not isinstance(parent, func.FuncOp) or parent.name.value != "main":
             return False
-        return WEIGHT in _argument_attributes(parent)[ir.BlockArgument(value).arg_number]
+        attributes = parent.attributes
+        return "arg_attrs" in attributes and WEIGHT in attributes["arg_attrs"][ir.BlockArgument(value).arg_number]
     op = owner.opview
     if isinstance(op, stablehlo.ConstantOp):
         return True
