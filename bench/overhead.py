@@ -38,7 +38,7 @@ class _Many(torch.nn.Module):
         return x
 
 
-def call_overhead(rounds: int = 3000) -> dict[str, float]:
+def call_overhead(rounds: int = 51) -> dict[str, float]:
     """Median microseconds of a call of the optimized module, of the bare Compiled, and the difference."""
     import kpx
     from kpx.bridges.torch.tensors import to_array
@@ -54,7 +54,7 @@ def call_overhead(rounds: int = 3000) -> dict[str, float]:
             "optimized": lambda: optimized(x),
             "bare": lambda: entry.program.executable(*held, array)[0].block_until_ready(),
         }
-        interleaved(calls, 200)
+        interleaved(calls, 3)
         medians = interleaved(calls, rounds)
     found = {name: 1e6 * seconds for name, seconds in medians.items()}
     return {**found, "overhead": found["optimized"] - found["bare"]}

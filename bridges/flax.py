@@ -14,6 +14,7 @@ from kpx.config import Config
 from kpx.errors import InputError, UnsupportedError
 from kpx.runtime.build import ModelProgram
 from kpx.runtime.compiled import Compiled
+from kpx.runtime.memory import give_back_freed
 from kpx.targets.target import Target
 
 
@@ -115,6 +116,7 @@ class OptimizedModel:
         key = self._key(leaves, tree)
         self._programs[key] = program, out_trees[0]
         program.load(raw_weights)
+        give_back_freed()
         self._loaded[key] = flat_weights
         compiled = program.compiled
         compiled._call = functools.partial(self._call_exactly, key)

@@ -19,6 +19,7 @@ from kpx.config import Config
 from kpx.errors import InputError
 from kpx.runtime.build import ModelProgram
 from kpx.runtime.compiled import Compiled
+from kpx.runtime.memory import give_back_freed
 from kpx.targets.target import Target
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -133,6 +134,7 @@ class OptimizedModule(torch.nn.Module):
             if tensor.numel() and tensor.data_ptr() not in read_in_place:
                 freed += tensor.numel() * tensor.element_size()
                 tensor.data = tensor.data.new_empty(0)
+        give_back_freed()
         return freed
 
     def compile_for(self, args: Sequence, kwargs: Mapping[str, Any]) -> Compiled:
@@ -172,6 +174,7 @@ class OptimizedModule(torch.nn.Module):
                 )
             entry = _compile(self._model, args, kwargs, self._target, self._config)
             self._entries[key] = entry
+            give_back_freed()
             return entry
 
 
