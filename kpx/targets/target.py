@@ -86,7 +86,8 @@ class Target:
         # A depthwise convolution is a padded array's shifted slices by now. One convolution, as vision
         # transformers begin with, does not make a convolutional network.
         convolutions = found[stablehlo.ConvolutionOp] + found[stablehlo.PadOp]
-        return cpu.compiler_options(8 * convolutions > found[stablehlo.DotGeneralOp])
+        products = found[stablehlo.DotGeneralOp] + found[stablehlo.CustomCallOp]
+        return cpu.compiler_options(8 * convolutions > products)
 
     def peak(self) -> tuple[float, float]:
         """What the device reaches: FLOP/s of a large f32 product, and bytes/s of a large copy.
