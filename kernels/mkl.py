@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 import jax
 
@@ -28,6 +29,8 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 TARGETS = ("kpx_matmul_f32", "kpx_matmul_bf16", "kpx_matmul_f32_as_three_bf16")
 # Fortran's interface for f32: of C's, PyTorch exports only what it calls itself.
 _FUNCTIONS = ("SGEMM", "cblas_gemm_bf16bf16f32", "MKL_Set_Num_Threads_Local")
+
+_lock = threading.Lock()
 
 
 class _Missing(KpxError):
@@ -44,7 +47,8 @@ def missing() -> str | None:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "__file__"):
         return "PyTorch, whose MKL is used, is not loaded"
-    return _load(torch.__file__)
+    with _lock:
+        return _load(torch.__file__)
 
 
 @functools.cache

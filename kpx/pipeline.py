@@ -59,9 +59,11 @@ def mlir(passes: str) -> Callable[[ir.Module, Context], None]:
     return lambda module, context: m.run_passes(module, passes)
 
 
-def products(context: Context) -> list[Rewrite]:
-    """The rewrites that choose how the CPU computes products: in which precision, and by whom."""
-    bf16_tiles, mkl = "bf16_tiles" in context.features, "mkl" in context.features
+def choose_products(module: ir.Module, context: Context) -> None:
+    """A stage's body that chooses how the CPU computes products: in which precision, and by whom."""
+    bf16_tiles = "bf16_tiles" in context.features
+    # XLA cannot partition a call: over several devices it would gather the operands of each on all of them.
+    mkl = "mkl" in context.features and m.partitions(module) == 1
     rules = [precision.bf16_dot_yields_f32]
     if context.config.matmul_precision == "high" and bf16_tiles:
         rules.append(library.mkl_product_in_three_bf16 if mkl else precision.f32_dot_as_three_bf16)
@@ -69,7 +71,7 @@ def products(context: Context) -> list[Rewrite]:
         rules += [library.mkl_product_writes_transposed, library.mkl_product]
     if mkl and bf16_tiles:
         rules.append(library.mkl_product_of_bf16)
-    return rules
+    rewriting(rules)(module, context)
 
 
 def choose_kernels(module: ir.Module, context: Context) -> None:
@@ -89,7 +91,7 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
 
 def stages(context: Context) -> list[Stage]:
     """The stages for a target, in order."""
-    on_cpu = [Stage("choose products", rewriting(products(context)))]
+    on_cpu = [Stage("choose products", choose_products)]
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
         # A decomposition that many ops share is canonicalized once, before it takes the place of each.

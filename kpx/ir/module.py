@@ -79,6 +79,12 @@ def main(module: ir.Module) -> Any:
         raise KpxError(f"The module has no function `main` (its functions: {names}).") from None
 
 
+def partitions(module: ir.Module) -> int:
+    """Over how many devices a module is partitioned; 1 where it does not say."""
+    attributes = module.operation.attributes
+    return attributes["mhlo.num_partitions"].value if "mhlo.num_partitions" in attributes else 1
+
+
 def entry_block(function: Any) -> ir.Block:
     """The one block of a function."""
     return function.regions[0].blocks[0]

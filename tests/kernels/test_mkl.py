@@ -196,3 +196,24 @@ def test_a_cache_folder_that_cannot_be_made_is_not_needed(tmp_path):
     (tmp_path / "file").write_text("")
     missing, called, _ = _elsewhere(XDG_CACHE_HOME=tmp_path / "file", TMPDIR=tmp_path)
     assert (missing, called) == (None, True)
+
+
+@needs_mkl
+def test_a_module_over_several_devices_keeps_products_that_xla_can_partition():
+    script = """
+        import numpy as np
+        import torch
+        import jax
+        jax.config.update("jax_num_cpu_devices", 2)
+        import kpx
+        from jax.sharding import NamedSharding, PartitionSpec
+        mesh = jax.make_mesh((2,), ("d",))
+        by_row = NamedSharding(mesh, PartitionSpec("d"))
+        a = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+        product = kpx.jit(lambda x, y: x @ y, in_shardings=(by_row, None), out_shardings=by_row)
+        lowered = product.lower(a, a)
+        assert "kpx_matmul" not in lowered.as_text()
+        np.testing.assert_allclose(product(a, a), a.astype(np.float64) @ a, rtol=1e-4, atol=1e-3)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
