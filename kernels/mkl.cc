@@ -4,6 +4,8 @@
 //   sizes: m, n, k, then the batch dimensions;
 //   lhs, rhs: 1 where the matrix is stored transposed, its leading dimension, then a stride for each batch dimension;
 //   out: the leading dimension, then the batch strides. Strides count elements.
+//   epilogue, which may be absent: 1 where an operand more is a vector to add to each row, 1 where the last
+//   operand is an array to add that lies as the result does, 1 where negative numbers then become 0.
 
 #include <algorithm>
 #include <atomic>
@@ -89,8 +91,10 @@ struct Product {
   int64_t m, n, k;
   std::vector<int64_t> batch;
   Operand lhs, rhs, out;
-  const char *a, *b, *b_low;
+  const char *a, *b, *b_low = nullptr;
   float* c;
+  const float *bias = nullptr, *addend = nullptr;
+  bool relu = false;
   int64_t row_blocks = 1, column_blocks = 1, units = 1, tasks = 1;
   std::atomic<int64_t> next{0}, done{0}, references{1};
 
@@ -117,7 +121,27 @@ struct Product {
     const int64_t column = Start(column_block, column_blocks, n);
     const int64_t columns = Start(column_block + 1, column_blocks, n) - column;
     if (rows == 0 || columns == 0) return;
-    Multiply(at_a + lhs.row(row), at_b + rhs.column(column), c + at_c + row * out.leading + column, rows, columns);
+    const int64_t at = at_c + row * out.leading + column;
+    Multiply(at_a + lhs.row(row), at_b + rhs.column(column), c + at, rows, columns);
+    if (HasEpilogue()) Finish(at, column, rows, columns);
+  }
+
+  bool HasEpilogue() const { return bias != nullptr || addend != nullptr || relu; }
+
+  // What follows the product. Blocks of rows small enough for the cache were slower: each packs the right operand anew.
+  void Finish(int64_t at, int64_t column, int64_t rows, int64_t columns) const {
+    for (int64_t i = 0; i < rows; ++i, at += out.leading) {
+      float* __restrict row = c + at;
+      if (bias != nullptr) {
+        for (int64_t j = 0; j < columns; ++j) row[j] += bias[column + j];
+      }
+      if (addend != nullptr) {
+        for (int64_t j = 0; j < columns; ++j) row[j] += addend[at + j];
+      }
+      if (relu) {
+        for (int64_t j = 0; j < columns; ++j) row[j] = row[j] < 0 ? 0 : row[j];  // NaN stays
+      }
+    }
   }
 
   // Blocks start at multiples of 16, which the kernels' tiles divide.
@@ -231,7 +255,9 @@ XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
       return nullptr;
     }
   }
-  const int64_t arguments = kind == Kind::kF32AsThreeBf16 ? 3 : 2;
+  const Span epilogue = Attribute(frame->attrs, "epilogue");
+  const bool has_bias = epilogue.size == 3 && epilogue.data[0], has_addend = epilogue.size == 3 && epilogue.data[1];
+  const int64_t arguments = (kind == Kind::kF32AsThreeBf16 ? 3 : 2) + has_bias + has_addend;
   const Span sizes = Attribute(frame->attrs, "sizes"), lhs = Attribute(frame->attrs, "lhs");
   const Span rhs = Attribute(frame->attrs, "rhs"), out = Attribute(frame->attrs, "out");
   if (frame->args.size != arguments || frame->rets.size != 1 || sizes.size < 3 || lhs.size != sizes.size - 1 ||
@@ -239,14 +265,21 @@ XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
     return Fail(frame->api, "kpx_matmul: operands or attributes are not those of a product; see kernels/mkl.cc");
   }
   auto data = [&](int64_t i) { return static_cast<char*>(static_cast<XLA_FFI_Buffer*>(frame->args.args[i])->data); };
-  auto* p = new Product{kind, sizes.data[0], sizes.data[1], sizes.data[2]};
+  auto* p = new Product;
+  p->kind = kind;
+  p->m = sizes.data[0];
+  p->n = sizes.data[1];
+  p->k = sizes.data[2];
   p->batch.assign(sizes.data + 3, sizes.data + sizes.size);
   p->lhs = {lhs.data[0], lhs.data[1], lhs.data + 2};
   p->rhs = {rhs.data[0], rhs.data[1], rhs.data + 2};
   p->out = {0, out.data[0], out.data + 1};
   p->a = data(0);
   p->b = data(1);
-  p->b_low = arguments == 3 ? data(2) : nullptr;
+  if (kind == Kind::kF32AsThreeBf16) p->b_low = data(2);
+  if (has_bias) p->bias = reinterpret_cast<float*>(data(arguments - 1 - has_addend));
+  if (has_addend) p->addend = reinterpret_cast<float*>(data(arguments - 1));
+  p->relu = epilogue.size == 3 && epilogue.data[2];
   p->c = static_cast<float*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[0])->data);
   Divide(p, Threads(frame));
   for (int64_t i = 1; i < std::min<int64_t>(p->tasks, Threads(frame)); ++i) {

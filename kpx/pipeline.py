@@ -12,7 +12,7 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
-from kpx.passes import canonicalize, composites, convolution, layout, library, precision
+from kpx.passes import canonicalize, composites, convolution, epilogue, layout, library, precision
 
 
 @dataclass
@@ -68,7 +68,7 @@ def choose_products(module: ir.Module, context: Context) -> None:
     if context.config.matmul_precision == "high" and bf16_tiles:
         rules.append(library.mkl_product_in_three_bf16 if mkl else precision.f32_dot_as_three_bf16)
     if mkl:
-        rules += [library.mkl_product_writes_transposed, library.mkl_product]
+        rules += [library.mkl_product_writes_transposed, library.mkl_product, epilogue.relu_into_product]
     if mkl and bf16_tiles:
         rules.append(library.mkl_product_of_bf16)
     rewriting(rules)(module, context)

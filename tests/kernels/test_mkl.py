@@ -80,6 +80,29 @@ def test_a_bf16_product_in_any_layout_is_summed_in_f32(seed):
 
 
 @needs_mkl
+@pytest.mark.parametrize("seed", range(24))
+def test_a_relu_with_bias_and_addend_is_done_by_the_product_and_keeps_nan(seed):
+    rng = np.random.default_rng(seed)
+    rows = [int(n) for n in rng.integers(1, 24, rng.integers(1, 4))]
+    k, n = (int(s) for s in rng.choice([24, 130, 257], 2))
+    k = max(k, -(-(1 << 20) // (2 * int(np.prod(rows)) * n)))
+    x, w = (rng.standard_normal(s).astype(np.float32) for s in ((*rows, k), (k, n)))
+    b, z = rng.standard_normal(n).astype(np.float32), rng.standard_normal((*rows, n)).astype(np.float32)
+    with_bias, with_addend = rng.integers(2, size=2)
+    x.reshape(-1)[0] = np.nan
+
+    def block(x, w, b, z):
+        y = x @ w
+        y = y + b if with_bias else y
+        return jnp.maximum(z + y if with_addend else y, 0)
+
+    compiled = kpx.compile(block, x, w, b, z)
+    assert compiled.rewrites.get("relu_into_product") == int(np.prod(rows) > 1)
+    wanted = np.maximum(x.astype(np.float64) @ w + with_bias * b + with_addend * z, 0)
+    np.testing.assert_allclose(compiled(x, w, b, z), wanted, rtol=1e-5, atol=1e-6 * k)
+
+
+@needs_mkl
 def test_gradients_of_a_product_match_f64():
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((256, 256)).astype(np.float32) for _ in range(2))
