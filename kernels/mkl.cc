@@ -212,7 +212,8 @@ XLA_FFI_Error* Fail(const XLA_FFI_Api* api, const char* message) {
   return api->XLA_FFI_Error_Create(&args);
 }
 
-bool Ignore(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
+// Whether a call of XLA's went well; its error is not kept.
+bool Succeeded(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
   if (error == nullptr) return true;
   XLA_FFI_Error_Destroy_Args args{};
   args.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
@@ -227,7 +228,7 @@ int64_t Threads(const XLA_FFI_CallFrame* frame) {
   args.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE;
   args.ctx = frame->ctx;
   args.num_threads = &threads;
-  return Ignore(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? std::max<int64_t>(threads, 1) : 1;
+  return Succeeded(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? std::max<int64_t>(threads, 1) : 1;
 }
 
 // Cuts a product so that each thread has work: over the batch where that suffices, else over the longer side.
@@ -289,7 +290,7 @@ XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
     args.task = RunScheduled;
     args.data = p;
     p->references.fetch_add(1);
-    if (!Ignore(frame->api, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) p->Release();
+    if (!Succeeded(frame->api, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) p->Release();
   }
   p->RunTasks();
   for (int spins = 0; p->done.load(std::memory_order_acquire) < p->tasks; ++spins) {

@@ -83,10 +83,9 @@ def _plan(dot, order: Sequence[int] | None = None) -> dict[str, list[int]] | Non
     sizes.insert(1, math.prod(right[d] for d in free[1]))
     sizes += [left[d] for d in batch[0]]
     plan = {"sizes": sizes, "lhs": lhs.attribute(), "rhs": rhs.attribute(), "out": out.attribute()[1:]}
-    # A matrix times a vector waits for memory, whoever multiplies.
-    if (
-        2 * math.prod(sizes) < _LEAST_FLOPS or min(sizes[:2]) == 1 or max(max(v) for v in plan.values()) >= 1 << 31
-    ):  # MKL's integers
+    too_long = max(max(numbers) for numbers in plan.values()) >= 1 << 31  # for MKL's integers
+    is_by_vector = min(sizes[:2]) == 1  # waits for memory, whoever multiplies
+    if 2 * math.prod(sizes) < _LEAST_FLOPS or is_by_vector or too_long:
         return None
     return plan
 
