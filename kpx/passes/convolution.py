@@ -144,6 +144,53 @@ def pointwise_convolution_is_dot(op):
 
 
 @rewrite(
+    stablehlo.ConvolutionOp,
+    exact=False,
+    bound="the products of each sum may be added in another order: a few ulps of the largest partial sum",
+)
+def patch_convolution_is_dot(op):
+    """A convolution whose windows neither overlap nor leave gaps is a matrix product over the patches.
+
+    Before:
+        func.func @main(%x: tensor<2x8x6x3xf32>, %w: tensor<4x2x3x5xf32>) -> tensor<2x2x3x5xf32> {
+          %0 = stablehlo.convolution(%x, %w) dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f], window = {stride = [4, 2]} {batch_group_count = 1 : i64, feature_group_count = 1 : i64} : (tensor<2x8x6x3xf32>, tensor<4x2x3x5xf32>) -> tensor<2x2x3x5xf32>
+          return %0 : tensor<2x2x3x5xf32>
+        }
+    After:
+        func.func @main(%x: tensor<2x8x6x3xf32>, %w: tensor<4x2x3x5xf32>) -> tensor<2x2x3x5xf32> {
+          %0 = stablehlo.reshape %x : (tensor<2x8x6x3xf32>) -> tensor<2x2x4x3x2x3xf32>
+          %1 = stablehlo.transpose %0, dims = [0, 1, 3, 2, 4, 5] : (tensor<2x2x4x3x2x3xf32>) -> tensor<2x2x3x4x2x3xf32>
+          %2 = stablehlo.reshape %1 : (tensor<2x2x3x4x2x3xf32>) -> tensor<12x24xf32>
+          %3 = stablehlo.reshape %w : (tensor<4x2x3x5xf32>) -> tensor<24x5xf32>
+          %4 = stablehlo.dot_general %2, %3, contracting_dims = [1] x [0] : (tensor<12x24xf32>, tensor<24x5xf32>) -> tensor<12x5xf32>
+          %5 = stablehlo.reshape %4 : (tensor<12x5xf32>) -> tensor<2x2x3x5xf32>
+          return %5 : tensor<2x2x3x5xf32>
+        }
+    Unchanged:
+        func.func @main(%x: tensor<2x9x6x3xf32>, %w: tensor<4x2x3x5xf32>) -> tensor<2x2x3x5xf32> {
+          %0 = stablehlo.convolution(%x, %w) dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f], window = {stride = [4, 2]} {batch_group_count = 1 : i64, feature_group_count = 1 : i64} : (tensor<2x9x6x3xf32>, tensor<4x2x3x5xf32>) -> tensor<2x2x3x5xf32>
+          return %0 : tensor<2x2x3x5xf32>
+        }
+    """
+    if not _plain(op) or op.feature_group_count.value != 1 or any(p != (0, 0) for p in _padding(op)):
+        return None
+    (n, h, w, c), (kernel_h, kernel_w, _, out) = m.shape(op.lhs), m.shape(op.rhs)
+    if [kernel_h, kernel_w] != _strides(op) or kernel_h * kernel_w == 1 or h % kernel_h or w % kernel_w:
+        return None
+    kind, (high, wide) = m.tensor_type(op.result), (h // kernel_h, w // kernel_w)
+    patches = m.transpose(m.reshape(op.lhs, [n, high, kernel_h, wide, kernel_w, c]), [0, 1, 3, 2, 4, 5])
+    rows, length = n * high * wide, kernel_h * kernel_w * c
+    y = stablehlo.dot_general(
+        m.tensor([rows, out], kind.element_type),
+        m.reshape(patches, [rows, length]),
+        m.reshape(op.rhs, [length, out]),
+        stablehlo.DotDimensionNumbers.get([], [], [1], [0]),
+        precision_config=op.precision_config,
+    )
+    return m.reshape(y, kind.shape)
+
+
+@rewrite(
     stablehlo.MulOp,
     exact=False,
     bound="one rounding of each weight in place of one of each output: 1 ulp of the largest partial sum",
@@ -327,4 +374,9 @@ def _maximum_along(x, axis, length, stride, count):
 
 # What moves a convolution, then what takes its place.
 LAYOUT: list[Rewrite] = [convolution_channels_last, scale_into_convolution]
-FORMS: list[Rewrite] = [pointwise_convolution_is_dot, depthwise_convolution_as_shifts, max_pool_by_dimension]
+FORMS: list[Rewrite] = [
+    pointwise_convolution_is_dot,
+    patch_convolution_is_dot,
+    depthwise_convolution_as_shifts,
+    max_pool_by_dimension,
+]

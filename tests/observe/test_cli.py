@@ -53,7 +53,7 @@ def test_the_demo_gives_embeddings_like_eagers(capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     ours = result["ways"]["kpx"]
     assert ours["least_cosine"] > 0.99999
-    assert ours["largest_difference"] < 1e-3
+    assert ours["largest_difference"] < 1e-5
     assert result["rewrites"]
     assert "planted" in result["ways"]["torch.compile"]["failed"]
 
