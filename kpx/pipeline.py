@@ -36,8 +36,10 @@ class Stage:
     run: Callable[[ir.Module, Context], None]
 
 
-def rewriting(rules: list[Rewrite], *, callees: bool = False) -> Callable[[ir.Module, Context], None]:
-    """A stage's body that applies rewrites, as far as the config allows them, to all functions or all but `main`."""
+def rewriting(
+    rules: list[Rewrite], *, callees: bool = False, around: list[Rewrite] | None = None
+) -> Callable[[ir.Module, Context], None]:
+    """A stage's body that applies rewrites, as far as the config allows them (see `apply_rewrites`)."""
 
     def run(module: ir.Module, context: Context) -> None:
         config = context.config
@@ -46,10 +48,9 @@ def rewriting(rules: list[Rewrite], *, callees: bool = False) -> Callable[[ir.Mo
             for r in rules
             if r.name not in config.disable and (r.exact or config.level == "balanced") and config.level != "none"
         ]
+        options = {"verify_each": config.verify_each, "callees": callees, "around": around}
         if allowed:
-            apply_rewrites(
-                module, allowed, context.fuel, context.report, verify_each=config.verify_each, callees=callees
-            )
+            apply_rewrites(module, allowed, context.fuel, context.report, **options)
 
     return run
 
@@ -84,7 +85,7 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
     convolutions = any(isinstance(op, stablehlo.ConvolutionOp) for op in m.walk(module.operation))
     if convolutions and context.platform == "cpu":
         rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
-        rewriting([*convolution.FORMS, *canonicalize.RULES])(module, context)
+        rewriting([*convolution.FORMS, *canonicalize.RULES], around=convolution.FORMS)(module, context)
     else:
         rewriting(canonicalize.RULES)(module, context)
 

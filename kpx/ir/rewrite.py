@@ -147,28 +147,31 @@ def apply_rewrites(
     *,
     verify_each: bool = False,
     callees: bool = False,
+    around: Sequence[Rewrite] | None = None,
 ) -> int:
     """Applies rules until none fires, in place; verifies, and reverts a rule that breaks the module.
 
     Args:
         verify_each: verify the module after every single rewrite, not once at the end.
         callees: leave the ops of `main` alone.
+        around: begin with the ops that these of the rules look at, and visit others only where something changes:
+            enough where the other rules have been applied before.
 
     Returns:
         How many rewrites were applied.
     """
     rules = [r for r in rules if r.name not in report.reverted]
     before, left = m.copy(module), fuel.left
-    driver = _Driver(module, rules, fuel, report, verify_each, callees)
+    driver = _Driver(module, rules, fuel, report, verify_each, callees, around)
     try:
         counts = driver.run()
         m.verify(module)
     except RewriteError:
         m.replace_body(module, before)
         fuel.left = left
-        culprit, why = _first_to_break(module, rules, left, callees)
+        culprit, why = _first_to_break(module, rules, left, callees, around)
         report.revert(culprit, why)
-        return apply_rewrites(module, rules, fuel, report, verify_each=verify_each, callees=callees)
+        return apply_rewrites(module, rules, fuel, report, verify_each=verify_each, callees=callees, around=around)
     report.counts.update(counts)
     return sum(counts.values())
 
@@ -185,10 +188,16 @@ def _is_used(op: Any) -> bool:
     return any(next(iter(r.uses), None) is not None for r in op.results)
 
 
-def _first_to_break(module: ir.Module, rules: list[Rewrite], fuel: int | None, callees: bool) -> tuple[str, str]:
+def _first_to_break(
+    module: ir.Module,
+    rules: list[Rewrite],
+    fuel: int | None,
+    callees: bool,
+    around: Sequence[Rewrite] | None,
+) -> tuple[str, str]:
     """The rule whose application first leaves an invalid module (on a copy, verified at each step)."""
     trial = m.copy(module)
-    driver = _Driver(trial, rules, Fuel(fuel), Report(), True, callees)
+    driver = _Driver(trial, rules, Fuel(fuel), Report(), True, callees, around)
     try:
         driver.run()
         m.verify(trial)
@@ -200,13 +209,14 @@ def _first_to_break(module: ir.Module, rules: list[Rewrite], fuel: int | None, c
 class _Driver:
     """A worklist over every op of a module: a change puts its neighbours back on the list."""
 
-    def __init__(self, module, rules, fuel, report, verify_each: bool, callees: bool):
+    def __init__(self, module, rules, fuel, report, verify_each: bool, callees: bool, around):
         self.module, self.fuel, self.report, self.verify_each = module, fuel, report, verify_each
         self.roots = [f for name, f in m.functions(module).items() if not (callees and name == "main")]
         self.by_op: dict[str, list[Rewrite]] = collections.defaultdict(list)
         for rule in rules:
             for op in rule.ops:
                 self.by_op[op.OPERATION_NAME].append(rule)
+        self.first = self.by_op.keys() if around is None else {op.OPERATION_NAME for r in around for op in r.ops}
         self.counts: collections.Counter[str] = collections.Counter()
         self.last = ""
         # A dict is the stack: an erased op leaves it at once, since a new op may get its address.
@@ -217,7 +227,7 @@ class _Driver:
         with self.module.context, ir.Location.unknown():
             for op in reversed([op for root in self.roots for op in m.walk(root)]):
                 self.alive.add(_key(op))
-                if op.operation.name in self.by_op:
+                if op.operation.name in self.first:
                     self._push(op.operation)
             while self.pending:
                 _, operation = self.pending.popitem()

@@ -148,3 +148,35 @@ def test_an_op_with_an_effect_is_never_erased():
     assert "@counts" in text
     assert "@pure" not in text
     assert "negate" not in text
+
+
+def test_a_run_around_some_rules_begins_at_their_ops_and_follows_what_changes():
+    module = m.parse("""
+    func.func @main(%a: tensor<4xf32>, %b: tensor<4xf32>) -> (tensor<4xf32>, tensor<4xf32>) {
+      %0 = stablehlo.exponential %a : tensor<4xf32>
+      %1 = stablehlo.negate %0 : tensor<4xf32>
+      %2 = stablehlo.negate %b : tensor<4xf32>
+      return %1, %2 : tensor<4xf32>, tensor<4xf32>
+    }""")
+    to_tanh = _rule("exp_to_tanh", lambda op: stablehlo.tanh(op.operand), stablehlo.ExpOp)
+    drop = _rule("drop_negate", lambda op: op.operand, stablehlo.NegOp)
+    report = r.Report()
+    r.apply_rewrites(module, [to_tanh, drop], r.Fuel(None), report, around=[to_tanh])
+    assert report.counts == {"exp_to_tanh": 1, "drop_negate": 1}
+    assert m.text(module).count("negate") == 1
+
+
+def test_a_run_over_callees_leaves_main_alone():
+    module = m.parse("""
+    func.func @main(%a: tensor<4xf32>) -> tensor<4xf32> {
+      %0 = stablehlo.negate %a : tensor<4xf32>
+      %1 = func.call @inner(%0) : (tensor<4xf32>) -> tensor<4xf32>
+      return %1 : tensor<4xf32>
+    }
+    func.func private @inner(%a: tensor<4xf32>) -> tensor<4xf32> {
+      %0 = stablehlo.negate %a : tensor<4xf32>
+      return %0 : tensor<4xf32>
+    }""")
+    drop = _rule("drop_negate", lambda op: op.operand, stablehlo.NegOp)
+    assert r.apply_rewrites(module, [drop], r.Fuel(None), r.Report(), callees=True) == 1
+    assert m.text(module).count("negate") == 1
