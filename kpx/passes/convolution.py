@@ -131,12 +131,17 @@ def pointwise_convolution_is_dot(op):
         return None
     n, h, w, c = m.shape(op.lhs)
     x = m.slice_(op.lhs, [0] * 4, [n, h, w, c], [1, *_strides(op), 1])
-    kind = m.tensor_type(op.result)
-    rows, out = m.size(op.result) // kind.shape[3], kind.shape[3]
+    return _windows_by_kernel(x, op)
+
+
+def _windows_by_kernel(windows, op):
+    """A convolution as the product of its windows' elements, row by row, and its kernel as a matrix."""
+    kind, out = m.tensor_type(op.result), m.shape(op.rhs)[3]
+    rows, length = m.size(op.result) // out, m.size(op.rhs) // out
     y = stablehlo.dot_general(
         m.tensor([rows, out], kind.element_type),
-        m.reshape(x, [rows, c]),
-        m.reshape(op.rhs, [c, out]),
+        m.reshape(windows, [rows, length]),
+        m.reshape(op.rhs, [length, out]),
         stablehlo.DotDimensionNumbers.get([], [], [1], [0]),
         precision_config=op.precision_config,
     )
@@ -174,20 +179,11 @@ def patch_convolution_is_dot(op):
     """
     if not _plain(op) or op.feature_group_count.value != 1 or any(p != (0, 0) for p in _padding(op)):
         return None
-    (n, h, w, c), (kernel_h, kernel_w, _, out) = m.shape(op.lhs), m.shape(op.rhs)
+    (n, h, w, c), (kernel_h, kernel_w, *_) = m.shape(op.lhs), m.shape(op.rhs)
     if [kernel_h, kernel_w] != _strides(op) or kernel_h * kernel_w == 1 or h % kernel_h or w % kernel_w:
         return None
-    kind, (high, wide) = m.tensor_type(op.result), (h // kernel_h, w // kernel_w)
-    patches = m.transpose(m.reshape(op.lhs, [n, high, kernel_h, wide, kernel_w, c]), [0, 1, 3, 2, 4, 5])
-    rows, length = n * high * wide, kernel_h * kernel_w * c
-    y = stablehlo.dot_general(
-        m.tensor([rows, out], kind.element_type),
-        m.reshape(patches, [rows, length]),
-        m.reshape(op.rhs, [length, out]),
-        stablehlo.DotDimensionNumbers.get([], [], [1], [0]),
-        precision_config=op.precision_config,
-    )
-    return m.reshape(y, kind.shape)
+    by_patch = m.reshape(op.lhs, [n, h // kernel_h, kernel_h, w // kernel_w, kernel_w, c])
+    return _windows_by_kernel(m.transpose(by_patch, [0, 1, 3, 2, 4, 5]), op)
 
 
 @rewrite(
