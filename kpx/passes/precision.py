@@ -54,7 +54,8 @@ def f32_dot_as_three_bf16(op):
     """An f32 product by a weight is three bf16 products: high by high, high by low, low by high.
 
     A number is split into bf16 numbers that carry its upper 16 bits; the product of the two low parts is left
-    out, and so are low parts that are not finite. The weight's parts are made at load. PyTorch calls this precision "high" (bf16x3).
+    out, and so are low parts that are not finite. The weight's parts are made at load. PyTorch calls this
+    precision "high" (bf16x3).
     Source: Henry, Tang, Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
     Higher-Precision Computations", arXiv 1904.06376.
 
