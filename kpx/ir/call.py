@@ -31,6 +31,11 @@ _call = Primitive("kpx_call_module")
 _call.multiple_results = True
 
 
+@_call.def_impl
+def _run(*arrays, module: _Module):
+    return jax.jit(lambda *values: _call.bind(*values, module=module))(*arrays)
+
+
 @_call.def_abstract_eval
 def _abstract(*_, module: _Module):
     return module.outputs

@@ -55,6 +55,20 @@ def parse(text: str | bytes, context: ir.Context | None = None) -> ir.Module:
             raise KpxError(f"This is not a valid StableHLO module: {error}") from None
 
 
+def load(contents: bytes) -> ir.Module:
+    """A module from text, bytecode, or a StableHLO portable artifact.
+
+    Raises:
+        KpxError: it is none of them.
+    """
+    context = jax_mlir.make_ir_context()
+    try:
+        with context:
+            return stablehlo.deserialize_portable_artifact(context, contents)
+    except (ir.MLIRError, RuntimeError, ValueError):
+        return parse(contents, context)
+
+
 def text(module: ir.Module, *, large_constants: bool = False) -> str:
     """The module as StableHLO text, constants over 32 elements elided unless asked for."""
     limit = None if large_constants else 32
@@ -273,8 +287,8 @@ def constant_value(value: Value, most: int = 1 << 18) -> np.ndarray | None:
     op = producer(value, stablehlo.ConstantOp)
     if op is None or size(value) > most or (kind := dtype(value)) is None:
         return None
-    attribute = op.value
-    if not isinstance(attribute, (ir.DenseIntElementsAttr, ir.DenseFPElementsAttr, ir.DenseElementsAttr)):
+    attribute = _dense(op)
+    if attribute is None:
         return None
     if attribute.is_splat:
         number = _splat_number(attribute)
@@ -292,10 +306,20 @@ def splat(value: Value) -> bool | int | float | None:
         op = producer(op.operands[0])
     if not isinstance(op, stablehlo.ConstantOp):
         return None
-    attribute = op.value
-    if not isinstance(attribute, (ir.DenseIntElementsAttr, ir.DenseFPElementsAttr, ir.DenseElementsAttr)):
+    attribute = _dense(op)
+    if attribute is None:
         return None
     return _splat_number(attribute) if attribute.is_splat else None
+
+
+def _dense(op: Any) -> Any:
+    """A constant's elements, or None where the bindings cannot hold them (complex numbers, resources)."""
+    try:
+        attribute = op.value
+    except TypeError:
+        return None
+    dense = (ir.DenseIntElementsAttr, ir.DenseFPElementsAttr, ir.DenseElementsAttr)
+    return attribute if isinstance(attribute, dense) else None
 
 
 def _splat_number(attribute: Any) -> bool | int | float | None:

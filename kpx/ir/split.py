@@ -180,6 +180,10 @@ def _return_instead(module: ir.Module, values: list[tuple[int, int]]) -> None:
         main.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(main.type.inputs, types))
         if "res_attrs" in main.attributes:
             del main.attributes["res_attrs"]
+        # What is left unused belongs to the other half, loops and calls with effects included.
+        for operation in reversed(operations[:-1]):
+            if not any(next(iter(r.uses), None) is not None for r in operation.results):
+                operation.operation.erase()
     erase_dead(module)
 
 

@@ -87,7 +87,8 @@ class Target:
         # transformers begin with, does not make a convolutional network.
         convolutions = found[stablehlo.ConvolutionOp] + found[stablehlo.PadOp]
         products = found[stablehlo.DotGeneralOp] + found[stablehlo.CustomCallOp]
-        return cpu.compiler_options(8 * convolutions > products)
+        arctangents = any(op.operation.name in ("chlo.atan", "stablehlo.atan2") for op in m.walk(module.operation))
+        return cpu.compiler_options(8 * convolutions > products, arctangents)
 
     def peak(self) -> tuple[float, float]:
         """What the device reaches: FLOP/s of a large f32 product, and bytes/s of a large copy.

@@ -96,3 +96,16 @@ def test_negative_zero_and_zero_are_not_the_same_value():
     a, b, c, _ = m.entry_block(m.main(module)).operations
     assert m.same_value(a.result, c.result)
     assert not m.same_value(a.result, b.result)
+
+
+def test_a_complex_constant_has_no_number_and_no_array():
+    module = m.parse(
+        """func.func public @main(%a: tensor<2xcomplex<f32>>) -> tensor<2xcomplex<f32>> {
+          %c = stablehlo.constant dense<(1.0, 0.0)> : tensor<2xcomplex<f32>>
+          %0 = stablehlo.add %a, %c : tensor<2xcomplex<f32>>
+          return %0 : tensor<2xcomplex<f32>>
+        }"""
+    )
+    (add,) = [op for op in m.walk(module.operation) if op.operation.name == "stablehlo.add"]
+    assert m.splat(add.operands[1]) is None
+    assert m.constant_value(add.operands[1]) is None

@@ -108,3 +108,22 @@ def test_random_mixtures_of_weights_and_inputs_agree(seed):
         f"func.func @main({arguments}) -> (tensor<3x3xf32>, tensor<3x3xf32>) {{\n{body}\n"
         "return %v10, %v11 : tensor<3x3xf32>, tensor<3x3xf32>\n}"
     )
+
+
+def test_a_loop_left_over_from_the_other_half_is_not_prepared():
+    """A loop has effects as far as `split` knows; it must not keep an input in the half that runs at load."""
+    import jax.numpy as jnp
+
+    def function(weights, inputs):
+        table = jnp.sin(jnp.arange(8.0)) @ jnp.ones((8, 3))
+        looped = jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * 2), (0, inputs[0]))[1]
+        return [looped + table]
+
+    from kpx.config import Config
+    from kpx.runtime.build import ModelProgram
+    from kpx.targets.target import Target
+
+    program = ModelProgram(function, [], [jax.ShapeDtypeStruct((3,), jnp.float32)], Target.resolve("cpu"), Config())
+    program.load([])
+    (got,) = program.run(jnp.ones(3))
+    np.testing.assert_allclose(got, 8 + np.sin(np.arange(8.0)) @ np.ones((8, 3)), rtol=1e-5)
