@@ -43,16 +43,15 @@ def optimized(model: torch.nn.Module, inputs: dict[str, Any], **config) -> Call:
 def plain_xla(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     """jax.jit of the function that the bridge makes of the model: no rewrite, nothing prepared, JAX's defaults."""
     from kpx.bridges.torch.capture import capture
-    from kpx.bridges.torch.interpret import as_jax_function, weight_names
+    from kpx.bridges.torch.exported import ExportedFunction
     from kpx.bridges.torch.tensors import LiveWeights, to_array
 
     device = jax.devices("cpu")[0]
     program = capture(model, (), inputs)
-    function = as_jax_function(program)
-    names = [name for _, name in weight_names(program)]
-    weights = LiveWeights(model, names, dict(program.constants)).read(device, ())
+    function = ExportedFunction(program)
+    weights = LiveWeights(model, function.weights, dict(program.constants)).read(device, ())
     arrays = [to_array(t, device) for t in inputs.values()]
-    jitted = jax.jit(lambda w, a: [r for r in function(w, a) if isinstance(r, jax.Array)])
+    jitted = jax.jit(lambda w, a: [r for r in function(w, [], a).outputs if isinstance(r, jax.Array)])
 
     def call():
         with jax.enable_x64(True):

@@ -8,13 +8,16 @@ if not (_Path(__file__).parent / "bridges").is_dir():
 
 from kpx._version import __version__  # noqa: F401
 from kpx.api import compile, jit, optimize
+from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import (
     CaptureError,
     CompileError,
     ConfigError,
+    GraphBreakWarning,
     InputError,
     KpxError,
+    RecompileWarning,
     RewriteError,
     RewriteWarning,
     TargetError,
@@ -24,13 +27,16 @@ from kpx.runtime.compiled import Compiled
 from kpx.targets.target import Target
 
 __all__ = [
+    "Buckets",
     "CaptureError",
     "CompileError",
     "Compiled",
     "Config",
     "ConfigError",
+    "GraphBreakWarning",
     "InputError",
     "KpxError",
+    "RecompileWarning",
     "RewriteError",
     "RewriteWarning",
     "Target",

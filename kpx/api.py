@@ -25,6 +25,8 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     target: str | Target | None = None,
     config: Config | None = None,
+    training: bool = False,
+    dynamic_shapes: Any = None,
 ) -> Any:
     """A faster version of a model or function, with the same interface.
 
@@ -35,10 +37,14 @@ def optimize(
         example_kwargs: named inputs to compile for now.
         target: the platform to run on; by default JAX's default device (the CPU for PyTorch models).
         config: what may be done; `Config()` by default.
+        training: (PyTorch) outputs carry gradients, and the backward pass is compiled too.
+        dynamic_shapes: (PyTorch) which sizes vary: as in `torch.export.export`, so that the model is captured
+            once for all of them, or a `kpx.Buckets`, which pads to few sizes. By default each new shape is
+            captured and compiled anew.
 
     Returns:
-        For a `torch.nn.Module` an `nn.Module` that shares its weights; for a flax module a callable that
-        does; for a JAX function, `kpx.jit` of it.
+        For a `torch.nn.Module` (or an ExportedProgram) an `nn.Module` that shares its weights; for a flax module a
+        callable that does; for a JAX function, `kpx.jit` of it.
 
     Raises:
         InputError: this is none of those, or an example input is not one.
@@ -48,7 +54,14 @@ def optimize(
     config = resolve(config)
     if (bridge := registry.find(model)) is not None:
         chosen = bridge.resolve_target(target)
-        return bridge.optimize(model, example_inputs, example_kwargs, chosen, config)
+        options = {"training": training, "dynamic_shapes": dynamic_shapes}
+        asked = {name: value for name, value in options.items() if value not in (False, None)}
+        return bridge.optimize(model, example_inputs, example_kwargs, chosen, config, **asked)
+    if training or dynamic_shapes is not None:
+        raise InputError(
+            "`training=True` and `dynamic_shapes=` are for PyTorch models. A JAX function is differentiated by "
+            "`jax.grad`, inside or outside `kpx.jit`, and compiled anew for each shape."
+        )
     if not callable(model):
         raise InputError(_not_a_model(model))
     jitted = jit(model, target=target, config=config)

@@ -37,3 +37,11 @@ class RewriteError(KpxError, RuntimeError):
 
 class RewriteWarning(UserWarning):
     """A rewrite was reverted; the model runs without it."""
+
+
+class RecompileWarning(UserWarning):
+    """A model is compiled again and again, because a dimension of its inputs keeps changing."""
+
+
+class GraphBreakWarning(UserWarning):
+    """A model's Python could not be captured whole: it runs in parts, which is slower."""

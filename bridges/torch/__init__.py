@@ -1,26 +1,33 @@
-"""PyTorch models, through torch.export and lowering rules over JAX."""
+"""PyTorch models, through torch.export, Dynamo and lowering rules over JAX."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from kpx.bridges.torch.module import OptimizedModule, example
+from kpx.bridges.torch.padding import BucketedModule
+from kpx.bridges.torch.pure import functional
 from kpx.bridges.torch.registry import lowers
+from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import InputError
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.jax_internals import compute_in_callers_thread
 from kpx.targets.target import Target
 
-__all__ = ["OptimizedModule", "accepts", "compile", "lowers", "optimize", "resolve_target"]
+__all__ = [
+    "BucketedModule", "OptimizedModule", "accepts", "compile", "functional", "load", "lowers", "optimize",
+    "resolve_target",
+]  # fmt: skip
 
 
 def accepts(model: Any) -> bool:
     """Whether this bridge takes a model."""
-    return isinstance(model, torch.nn.Module)
+    return isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
 
 
 def resolve_target(given: str | Target | None) -> Target:
@@ -33,12 +40,29 @@ def resolve_target(given: str | Target | None) -> Target:
     return Target.resolve("cpu" if given is None else given)
 
 
+def load(path: str | os.PathLike) -> torch.nn.Module:
+    """The model of a saved ExportedProgram (`.pt2`), for `kpx.optimize`.
+
+    Raises:
+        InputError: there is no such file, or it is not an ExportedProgram.
+    """
+    try:
+        return torch.export.load(os.fspath(path)).module()
+    except Exception as error:  # torch.export.load raises what its unpickling, zip and schema checks raise
+        raise InputError(
+            f"`{path}` cannot be read as an ExportedProgram: {error}\nSave one with `torch.export.save(program, path)`."
+        ) from None
+
+
 def optimize(
-    model: torch.nn.Module,
+    model: torch.nn.Module | torch.export.ExportedProgram,
     example_inputs: Sequence | None,
     example_kwargs: Mapping[str, Any] | None,
     target: Target,
     config: Config,
+    *,
+    training: bool = False,
+    dynamic_shapes: Any = None,
 ) -> OptimizedModule:
     """See `kpx.optimize`."""
     if target.platform != "cpu":
@@ -46,15 +70,38 @@ def optimize(
             f"PyTorch tensors live on the CPU or CUDA, and passing them to {target.platform} is not supported "
             "yet. Use `target='cpu'`."
         )
-    optimized = model if isinstance(model, OptimizedModule) else OptimizedModule(model, target, config)
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    optimized = _optimized(model, target, config, training, dynamic_shapes)
     if example_inputs is not None or example_kwargs is not None:
         args, kwargs = _examples(example_inputs, example_kwargs)
         optimized.compile_for(args, kwargs)
     return optimized
 
 
+def _optimized(model: torch.nn.Module, target: Target, config: Config, training: bool, shapes: Any) -> OptimizedModule:
+    if training:
+        if shapes is not None:
+            raise InputError(
+                "`training=True` does not take `dynamic_shapes=`: mark what varies on the tensors themselves, with "
+                "`torch._dynamo.mark_dynamic(x, dim)`, or leave it out: a second size is taken as dynamic."
+            )
+        from kpx.bridges.torch.training import TrainableModule  # Dynamo takes seconds to import
+
+        return TrainableModule(model, target, config)
+    if isinstance(shapes, Buckets):
+        return BucketedModule(model, target, config, shapes)
+    if isinstance(model, OptimizedModule) and shapes is None:
+        return model
+    return OptimizedModule(model, target, config, shapes)
+
+
 def compile(
-    model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any], target: Target, config: Config
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence,
+    kwargs: Mapping[str, Any],
+    target: Target,
+    config: Config,
 ) -> Compiled:
     """See `kpx.compile`."""
     optimized = optimize(model, None, None, target, config)

@@ -9,17 +9,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch.registry import RULES
 from kpx.errors import CaptureError
 
+# Decompositions that would write again what a rule or PyTorch says better.
+_NOT_DECOMPOSED: set = set()
 
-def capture(model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+
+def capture(
+    model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
     """Exports a model for the shapes of its example inputs.
 
     In-place ops become functional ones; ops with a lowering rule stay whole, others are decomposed
     towards core ATen.
+
+    Args:
+        dynamic_shapes: as in `torch.export.export`; the sizes it names stay symbolic.
 
     Raises:
         CaptureError: the model's Python depends on values of its tensors, or export refused it.
@@ -27,14 +36,23 @@ def capture(model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any]) -
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
-            return program.run_decompositions(_decompositions())
+            program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+            return decomposed(program)
     except Exception as error:  # torch.export raises dozens of types, RuntimeError among them
         raise CaptureError(_explained(model, error)) from error
 
 
+def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """An exported program without in-place ops, and with rules for as many of its ops as there are."""
+    return program.run_decompositions(_decompositions())
+
+
 def _decompositions() -> dict:
+    """Export's own decompositions, PyTorch's others beside them, less the ops that have a rule."""
     table = torch.export.default_decompositions()
+    for op, decomposition in decomposition_table.items():
+        if op not in _NOT_DECOMPOSED and isinstance(op, torch._ops.OpOverload) and op not in table:
+            table[op] = decomposition
     for op in RULES:
         if isinstance(op, torch._ops.OpOverload):
             table.pop(op, None)

@@ -1,33 +1,52 @@
-"""An exported PyTorch graph as a pure JAX function."""
+"""A functional ATen graph as a pure JAX function."""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.export.graph_signature import InputKind, OutputKind
 
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
+from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
-from kpx.bridges.torch.registry import RULES
+from kpx.bridges.torch.registry import RANDOM, RULES
 from kpx.errors import KpxError, UnsupportedError
 
-_WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
-
-# Ops that check what export has already fixed: sizes, dtypes, devices.
+# Ops that check what capturing has already fixed: sizes, dtypes, devices.
 _CHECKS = {
     torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten._assert_async.msg,
-    torch.ops.aten._assert_scalar.default,
     torch.ops.aten.sym_constrain_range.default,
     torch.ops.aten.sym_constrain_range_for_size.default,
 }
-_PYTHON = {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod}
+# Arithmetic on sizes, done while tracing.
+_PYTHON = {
+    *(f for f in vars(operator).values() if callable(f)),
+    *(f for f in vars(math).values() if callable(f)),
+    torch.sym_float,
+    torch.sym_int,
+    torch.sym_ite,
+    torch.sym_max,
+    torch.sym_min,
+    torch.sym_not,
+    torch.sym_sum,
+}
+
+# The same on a value that is only known as the program runs (`x.max().item()`).
+_ON_VALUES = {
+    torch.sym_float: lambda x: x.astype(jnp.float64),
+    torch.sym_int: lambda x: jnp.trunc(x).astype(jnp.int64),
+    torch.sym_ite: jnp.where,
+    torch.sym_max: jnp.maximum,
+    torch.sym_min: jnp.minimum,
+    torch.sym_not: jnp.logical_not,
+    operator.not_: jnp.logical_not,
+}
 
 
 def module_path(node: torch.fx.Node) -> str:
@@ -36,28 +55,45 @@ def module_path(node: torch.fx.Node) -> str:
     return list(stack.values())[-1][0].removeprefix("L['self'].") if stack else ""
 
 
-def check_supported(program: torch.export.ExportedProgram) -> None:
+def _place(node: torch.fx.Node) -> str:
+    return f"`{module_path(node) or 'the model itself'}`"
+
+
+def _graphs(graph: torch.fx.Graph) -> list[torch.fx.Graph]:
+    """A graph and those of its branches and loop bodies."""
+    found, owner = [graph], graph.owning_module
+    for node in graph.nodes:
+        held: Any = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, torch.fx.GraphModule):
+            found += _graphs(held.graph)
+    return found
+
+
+def check_supported(graph: torch.fx.Graph) -> None:
     """Raises `UnsupportedError` with every op that has no rule, and the module paths using it."""
     missing: dict[str, list[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target not in RULES.keys() | _CHECKS | _PYTHON:
+    for node in (n for g in _graphs(graph) for n in g.nodes):
+        if node.op == "call_function" and not _known(op := _op_of(node)):
             path = module_path(node) or "the model itself"
-            paths = missing.setdefault(str(node.target), [])
+            paths = missing.setdefault(str(op), [])
             if path not in paths:
                 paths.append(path)
     if missing:
         lines = [f"  {op}: used by {_listed(paths)}" for op, paths in sorted(missing.items())]
-        hint = (
-            "\nThe model is in training mode: `model.eval()` may remove some of them."
-            if any(word in op for op in missing for word in ("dropout", "bernoulli", "batch_norm", "rand"))
-            else ""
-        )
         raise UnsupportedError(
             f"The model uses {len(missing)} op(s) that kpx has no lowering rule for:\n"
             + "\n".join(lines)
-            + hint
             + "\nAdd a rule with `@kpx.bridges.torch.lowers(op)` over a JAX function, or replace the op."
         )
+
+
+def _op_of(node: torch.fx.Node) -> Any:
+    """A node's op; of an op with effects (a check of errors), the op inside."""
+    return node.args[1] if node.target is torch.ops.higher_order.with_effects else node.target
+
+
+def _known(target: Any) -> bool:
+    return target in RULES or target in _CHECKS or target in _PYTHON
 
 
 def _listed(paths: list[str], most: int = 5) -> str:
@@ -65,64 +101,60 @@ def _listed(paths: list[str], most: int = 5) -> str:
     return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"
 
 
-def weight_names(program: torch.export.ExportedProgram) -> list[tuple[str, str]]:
-    """(placeholder, attribute path) of every parameter, buffer and lifted constant, in order."""
-    specs = program.graph_signature.input_specs
-    return [(s.arg.name, s.target or s.arg.name) for s in specs if s.kind in _WEIGHTS]
+def is_random(graph: torch.fx.Graph) -> bool:
+    """Whether a graph draws random numbers, so that it needs a key."""
+    return any(node.target in RANDOM for g in _graphs(graph) for node in g.nodes)
 
 
-def check_pure(program: torch.export.ExportedProgram) -> None:
-    """Raises `UnsupportedError` where the model writes to a buffer or to an input."""
-    changed = [
-        f"  {s.target} ({s.kind.name.replace('_', ' ').lower()})"
-        for s in program.graph_signature.output_specs
-        if s.kind not in (OutputKind.USER_OUTPUT,)
-    ]
-    if changed:
-        raise UnsupportedError(
-            "The model changes state as it runs, which kpx does not support yet:\n"
-            + "\n".join(changed)
-            + "\nIn evaluation mode most models change none: call `model.eval()`, and pass `use_cache=False`"
-            " where it has a cache."
-        )
+def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
+    """`fn(values, key=None) -> outputs` that computes what a functional graph does.
 
-
-def as_jax_function(program: torch.export.ExportedProgram) -> Callable[[list, list], list]:
-    """`fn(weights, inputs) -> outputs` that computes what the exported graph does.
-
-    `weights` follows `weight_names`, `inputs` the flat user inputs (tensors only), `outputs` the flat
-    user outputs; an output that is not a tensor is returned as the Python value it is.
+    `values` follows the graph's placeholders: arrays, and Python numbers for sizes. An output that is not a
+    tensor is given as the Python value it is. Random ops draw from `key`, each from a part of its own.
 
     Raises:
-        UnsupportedError: an op has no rule, or the model changes state.
+        UnsupportedError: an op has no rule.
     """
-    check_supported(program)
-    check_pure(program)
-    graph = program.graph
-    weights = [name for name, _ in weight_names(program)]
-    tensor_inputs = [
-        s.arg.name
-        for s in program.graph_signature.input_specs
-        if s.kind == InputKind.USER_INPUT and isinstance(s.arg, torch.export.graph_signature.TensorArgument)
-    ]
+    check_supported(graph)
     last_use = _last_uses(graph)
+    owner = graph.owning_module
 
-    def fn(weight_arrays: list, input_arrays: list) -> list:
+    def fn(values: Sequence, key: Any = None) -> list:
         env: dict[torch.fx.Node, Any] = {}
-        given = dict(zip(weights, weight_arrays, strict=True)) | dict(zip(tensor_inputs, input_arrays, strict=True))
+        left = list(reversed(values))
+        drawn = 0
         for node in graph.nodes:
             if node.op == "placeholder":
-                env[node] = given.get(node.name)
+                env[node] = left.pop()
+            elif node.op == "get_attr":
+                env[node] = _attribute(owner, str(node.target))
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                if node.target in RANDOM:
+                    kwargs = kwargs | {"key": jax.random.fold_in(key, drawn)}
+                    drawn += 1
                 env[node] = _call(node, args, kwargs)
             elif node.op == "output":
                 return list(torch.fx.node.map_arg(node.args[0], env.__getitem__))
             for dead in last_use.get(node, ()):
                 del env[dead]
-        raise KpxError("The exported graph has no output node; please report this model.")
+        raise KpxError("The captured graph has no output node; please report this model.")
 
     return fn
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """A branch as a function of its operands; a constant tensor as an array."""
+    held = operator.attrgetter(name)(owner)
+    if isinstance(held, torch.fx.GraphModule):
+        inner = as_jax_function(held.graph)
+
+        def branch(*values):
+            with checks.collecting(None):  # what is found inside a branch cannot leave it
+                return tuple(inner(values))
+
+        return branch
+    return jnp.asarray(held.detach().cpu().numpy()) if isinstance(held, torch.Tensor) else held
 
 
 def _last_uses(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
@@ -141,23 +173,33 @@ def _call(node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
     if node.target in _CHECKS:
         return None
     if node.target in _PYTHON:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    with jax.named_scope(module_path(node).replace(".", "/") or "model"):
-        try:
-            result = RULES[node.target](*args, **_without_defaults(node, kwargs))
-        except UnsupportedError:
-            raise
-        except (TypeError, ValueError, IndexError, NotImplementedError) as error:
-            raise UnsupportedError(
-                f"The lowering rule of `{node.target}` does not take this case, in "
-                f"`{module_path(node) or 'the model itself'}`: {error}\n"
-                f"  inputs: {_described(args)}"
-            ) from error
+        on_value = any(isinstance(a, jax.Array) for a in args)
+        function = _ON_VALUES.get(node.target, node.target) if on_value else node.target
+        return function(*args, **kwargs)  # type: ignore[operator]
+    if node.target is torch.ops.higher_order.with_effects:
+        # The token keeps effects in order; ours are checks, which have none.
+        result = _run_rule(node, args[1], args[2:], kwargs)
+        return (args[0], *(result if isinstance(result, tuple) else (result,)))
+    result = _run_rule(node, node.target, args, kwargs)
     _check(node, result)
     return result
 
 
-def _without_defaults(node: torch.fx.Node, kwargs: dict) -> dict:
+def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
+    with jax.named_scope(module_path(node).replace(".", "/") or "model"):
+        checks.at(f"`{op}` in {_place(node)}")
+        try:
+            return RULES[op](*args, **_without_defaults(kwargs))
+        except KpxError as error:
+            raise UnsupportedError(f"`{op}` in {_place(node)}: {error}") from error
+        except (TypeError, ValueError, IndexError, NotImplementedError) as error:
+            raise UnsupportedError(
+                f"The lowering rule of `{op}` does not take this case, in {_place(node)}: {error}\n"
+                f"  inputs: {_described(args)}"
+            ) from error
+
+
+def _without_defaults(kwargs: dict) -> dict:
     """Device, layout and pinning mean nothing inside a compiled program."""
     return {k: v for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory")}
 
@@ -171,13 +213,20 @@ def _check(node: torch.fx.Node, result: Any) -> None:
     expected = node.meta.get("val")
     pairs = zip(expected, result, strict=False) if isinstance(expected, (list, tuple)) else [(expected, result)]
     for e, r in pairs:
-        if not isinstance(e, torch.Tensor):
+        if not isinstance(e, torch.Tensor) or _agrees(e, r):
             continue
-        shape, dtype = tuple(int(n) for n in e.shape), to_jax(e.dtype)
-        if not isinstance(r, (jax.Array, np.ndarray)) or r.shape != shape or r.dtype != dtype:
-            got = f"{r.dtype}{list(r.shape)}" if hasattr(r, "shape") else repr(r)
-            raise UnsupportedError(
-                f"The lowering rule of `{node.target}` gave {got} where PyTorch gives "
-                f"{jnp.dtype(dtype).name}{list(shape)}, in `{module_path(node) or 'the model itself'}`. "
-                "Please report it; nothing was computed."
-            )
+        got = f"{r.dtype}{list(r.shape)}" if hasattr(r, "shape") else repr(r)
+        raise UnsupportedError(
+            f"The lowering rule of `{node.target}` gave {got} where PyTorch gives "
+            f"{jnp.dtype(to_jax(e.dtype)).name}{list(e.shape)}, in {_place(node)}. "
+            "Please report it; nothing was computed."
+        )
+
+
+def _agrees(expected: torch.Tensor, result: Any) -> bool:
+    """Whether an array has a tensor's dtype and shape, as far as its sizes are known."""
+    if not isinstance(result, (jax.Array, np.ndarray)) or result.dtype != to_jax(expected.dtype):
+        return False
+    if result.ndim != expected.ndim:
+        return False
+    return all(n == int(e) for n, e in zip(result.shape, expected.shape, strict=True) if isinstance(e, int))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from kpx.bridges.torch.capture import capture
-from kpx.bridges.torch.dtypes import to_jax, to_torch
-from kpx.bridges.torch.interpret import as_jax_function, weight_names
-from kpx.bridges.torch.tensors import LiveWeights, plain, to_array, to_tensor
+from kpx.bridges.torch.dtypes import to_torch
+from kpx.bridges.torch.exported import TENSOR, ExportedFunction, takes
+from kpx.bridges.torch.invoke import Invocation
+from kpx.bridges.torch.shapes import ShapeHistory
+from kpx.bridges.torch.tensors import LiveWeights, plain
 from kpx.config import Config
 from kpx.errors import InputError
-from kpx.runtime.build import ModelProgram
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.memory import give_back_freed
 from kpx.targets.target import Target
@@ -29,7 +31,7 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 class _Entry:
     """A compiled signature."""
 
-    program: ModelProgram
+    invocation: Invocation
     weights: LiveWeights
     weight_kinds: list[tuple[torch.Size, torch.dtype]]
     tensor_positions: list[int]
@@ -38,7 +40,8 @@ class _Entry:
     device: jax.Device
 
     def __post_init__(self):
-        self.is_one_tensor = self.spec.is_leaf() and self.outputs == [_TENSOR]
+        self.is_one_tensor = self.spec.is_leaf() and self.outputs == [TENSOR]
+        self.program = self.invocation.program
 
     def load(self) -> bool:
         """Reads the weights; False where their shapes or dtypes are not those this was compiled for."""
@@ -52,12 +55,11 @@ class _Entry:
         return not self.weights.changed() or self.load()
 
     def __call__(self, leaves: list[Any]) -> Any:
-        arrays = self.program.run(*[to_array(leaves[i], self.device) for i in self.tensor_positions])
-        results = [to_tensor(a) if p is _TENSOR else p for a, p in zip(arrays, self.outputs, strict=True)]
-        return results[0] if self.is_one_tensor else pytree.tree_unflatten(results, self.spec)
-
-
-_TENSOR = object()
+        tensors = self.invocation([leaves[i] for i in self.tensor_positions])
+        if self.is_one_tensor:
+            return tensors[0]
+        left = iter(tensors)
+        return pytree.tree_unflatten([next(left) if p is TENSOR else p for p in self.outputs], self.spec)
 
 
 class OptimizedModule(torch.nn.Module):
@@ -68,7 +70,7 @@ class OptimizedModule(torch.nn.Module):
     training mode) is compiled at its first call. The outputs carry no gradient.
     """
 
-    def __init__(self, model: torch.nn.Module, target: Target, config: Config):
+    def __init__(self, model: torch.nn.Module, target: Target, config: Config, dynamic_shapes: Any = None):
         super().__init__()
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_state_dict_hooks",
                   "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
@@ -79,7 +81,10 @@ class OptimizedModule(torch.nn.Module):
         self.__dict__["_target"] = target
         self.__dict__["_config"] = config
         self.__dict__["_entries"] = {}
+        self.__dict__["_dynamic_shapes"] = dynamic_shapes
+        self.__dict__["_captured"] = []
         self.__dict__["_freed"] = False
+        self.__dict__["_shapes"] = ShapeHistory(type(model).__name__)
         self.__dict__["_lock"] = threading.Lock()
         self.training = model.training
 
@@ -92,7 +97,7 @@ class OptimizedModule(torch.nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def __reduce__(self):
-        return OptimizedModule, (self._model, self._target, self._config)
+        return OptimizedModule, (self._model, self._target, self._config, self._dynamic_shapes)
 
     def train(self, mode: bool = True) -> OptimizedModule:
         self._model.train(mode)
@@ -159,6 +164,51 @@ class OptimizedModule(torch.nn.Module):
         compiled._call = call
         return compiled
 
+    def generate(self, *args, **kwargs):
+        """Hugging Face's `generate()` over a static KV cache, each decoding step a compiled program.
+
+        Raises:
+            InputError: the model has no `generate`, or another kind of cache was asked for.
+        """
+        if not hasattr(self._model, "generate"):
+            raise InputError(f"`{type(self._model).__name__}` has no `generate`. Call the model itself.")
+        from kpx.bridges.torch import dynamo, generation
+
+        if "_generation" not in self.__dict__:
+            backend = functools.partial(dynamo.compile_with, target=self._target, config=dynamo.training(self._config))
+            self.__dict__["_generation"] = generation.compile_config(backend)
+        return generation.generate(self._model, self._generation, *args, **kwargs)
+
+    def _capture(
+        self, args: tuple, kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> torch.export.ExportedProgram:
+        """The model's graph for these inputs: with `dynamic_shapes`, one for all sizes that it allows."""
+        if self._dynamic_shapes is None:
+            return capture(self._model, args, kwargs)
+        structure = repr(pytree.tree_flatten((args, kwargs))[1]), self.training
+        for known, program in self._captured:
+            if known == structure and takes(program, tensors):
+                return program
+        program = capture(self._model, args, kwargs, self._dynamic_shapes)
+        self._captured.append((structure, program))
+        return program
+
+    def _compile(self, args: Sequence, kwargs: Mapping[str, Any]) -> _Entry:
+        clean_args, clean_kwargs = pytree.tree_map_only(torch.Tensor, plain, (tuple(args), dict(kwargs)))
+        leaves, _ = pytree.tree_flatten((clean_args, clean_kwargs))
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in positions]
+        program = self._capture(clean_args, clean_kwargs, tensors)
+        function = ExportedFunction(program)
+        weights = LiveWeights(self._model, function.weights, dict(program.constants))
+        state = LiveWeights(self._model, function.state, {})
+        invocation = Invocation(function, weights.tensors(), state, tensors, self._target, self._config)
+        kinds = [(t.shape, t.dtype) for t in weights.tensors()]
+        spec = program.call_spec.out_spec
+        entry = _Entry(invocation, weights, kinds, positions, function.outputs, spec, self._target.device)
+        entry.load()
+        return entry
+
     def _entry(self, args: Sequence, kwargs: Mapping[str, Any], key: Any) -> _Entry:
         entry = self._entries.get(key)
         if entry is not None and entry.is_current():
@@ -172,39 +222,12 @@ class OptimizedModule(torch.nn.Module):
                     "This signature is not compiled, and the weights to compile it with were freed by "
                     "`free_originals()`. Compile every signature first, or optimize a new copy of the model."
                 )
-            entry = _compile(self._model, args, kwargs, self._target, self._config)
+            leaves = pytree.tree_leaves((args, kwargs))
+            self._shapes.note([leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)])
+            entry = self._compile(args, kwargs)
             self._entries[key] = entry
             give_back_freed()
             return entry
-
-
-def _compile(
-    model: torch.nn.Module, args: Sequence, kwargs: Mapping[str, Any], target: Target, config: Config
-) -> _Entry:
-    clean_args, clean_kwargs = pytree.tree_map_only(torch.Tensor, plain, (tuple(args), dict(kwargs)))
-    program = capture(model, clean_args, clean_kwargs)
-    function = as_jax_function(program)
-    leaves, _ = pytree.tree_flatten((clean_args, clean_kwargs))
-    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    outputs = [node if not isinstance(node, torch.fx.Node) else _TENSOR for node in program.graph.output_node().args[0]]
-
-    def tensors_only(weights, inputs):
-        results = function(weights, inputs)
-        return [r if p is _TENSOR else jax.numpy.zeros(()) for r, p in zip(results, outputs, strict=True)]
-
-    names = [name for _, name in weight_names(program)]
-    weights = LiveWeights(model, names, dict(program.constants))
-    structs = [_struct(t) for t in weights.tensors()], [_struct(leaves[i]) for i in positions]
-    built = ModelProgram(tensors_only, *structs, target, config, x64=True)
-    spec = program.call_spec.out_spec
-    kinds = [(t.shape, t.dtype) for t in weights.tensors()]
-    entry = _Entry(built, weights, kinds, positions, outputs, spec, target.device)
-    entry.load()
-    return entry
-
-
-def _struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(tensor.shape), to_jax(tensor.dtype))
 
 
 def _flatten(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -245,7 +268,7 @@ def _check(tensor: torch.Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise InputError(
             f"A tensor that requires grad was given ({_described([tensor])}), and the optimized model computes no "
-            "gradients. Pass `x.detach()`, or call it under `torch.no_grad()`."
+            "gradients. Use `kpx.optimize(model, training=True)`, pass `x.detach()`, or call it under `torch.no_grad()`."
         )
     if tensor.device.type != "cpu":
         plain(tensor)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kpx.errors import KpxError, UnsupportedError
+from kpx.errors import KpxError
 
 RULES: dict[Any, Callable] = {}
+# Ops whose rule draws random numbers: it takes a JAX key as `key=`.
+RANDOM: set[Any] = set()
 
 
-def lowers(*overloads) -> Callable[[Callable], Callable]:
+def lowers(*overloads, random: bool = False) -> Callable[[Callable], Callable]:
     """Registers a pure JAX function as the lowering of exact ATen overloads.
 
     The function takes the overload's own arguments, tensors as JAX arrays, and gives an array or a
@@ -18,6 +20,9 @@ def lowers(*overloads) -> Callable[[Callable], Callable]:
 
         @lowers(torch.ops.aten.tanh.default)
         def tanh(x): return jnp.tanh(x)
+
+    Args:
+        random: the op draws random numbers; the function then takes `key=`, a JAX key of its own at each call.
 
     Raises:
         KpxError: an overload has a rule already.
@@ -31,15 +36,8 @@ def lowers(*overloads) -> Callable[[Callable], Callable]:
                     f"the first is in {RULES[overload].__module__}. Remove one of them."
                 )
             RULES[overload] = function
+            if random:
+                RANDOM.add(overload)
         return function
 
     return register
-
-
-def refuse_dropout(p: float) -> None:
-    """Raises `UnsupportedError` where dropout is active: random ops have no rules yet."""
-    if p > 0:
-        raise UnsupportedError(
-            f"Dropout with p={p} is active (the model is in training mode), and kpx does not lower random ops yet. "
-            "Call `model.eval()` first."
-        )

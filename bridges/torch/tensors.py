@@ -23,6 +23,8 @@ def to_array(tensor: torch.Tensor, device: jax.Device) -> jax.Array:
     Raises:
         InputError: the tensor is not a dense CPU tensor of a dtype JAX has.
     """
+    if tensor.is_conj() or tensor.is_neg():  # views whose values their memory does not hold
+        tensor = tensor.resolve_conj().resolve_neg()
     try:
         # DLPack would carry the strides, and an executable takes row-major arrays alone.
         return array_from_capsule(dlpack.to_dlpack(tensor.contiguous()), device)
@@ -47,6 +49,11 @@ def plain(tensor: torch.Tensor, error: Exception | None = None) -> torch.Tensor:
     if error is not None and resolved.data_ptr() == tensor.data_ptr() and not tensor.requires_grad:
         raise InputError(f"This tensor cannot be read: {error}") from error
     return resolved
+
+
+def canonical(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor whose dimensions of size 1 have the strides of a row-major array; the same memory if it can."""
+    return tensor.reshape(-1).view(tensor.shape)
 
 
 def to_tensor(array: jax.Array) -> torch.Tensor:
@@ -92,7 +99,7 @@ class LiveWeights:
         arrays = []
         for name, tensor in zip(self.names, tensors, strict=True):
             try:
-                arrays.append(to_array(tensor.detach(), device))
+                arrays.append(to_array(canonical(tensor.detach()), device))
             except InputError as error:
                 raise InputError(f"The weight `{name}` cannot be used: {error}") from None
         self._places = [(*slot, tensor) for slot, tensor in zip(self._slots, tensors, strict=True)]

@@ -289,7 +289,7 @@ def test_compiled_for_tensors_or_structs():
 def test_missing_ops_are_all_listed_with_their_modules():
     class Inner(torch.nn.Module):
         def forward(self, x):
-            return torch.linalg.qr(x)[0]
+            return torch.linalg.ldl_factor_ex(x)[0]
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -297,14 +297,14 @@ def test_missing_ops_are_all_listed_with_their_modules():
             self.first, self.second = Inner(), Inner()
 
         def forward(self, x):
-            return torch.fft.fft(self.second(self.first(x)))
+            return torch.hash_tensor(self.second(self.first(x)))
 
     with pytest.raises(kpx.UnsupportedError) as error:
         kpx.optimize(Model())(torch.eye(3))
     message = str(error.value)
     assert "2 op(s)" in message
-    assert "aten.linalg_qr.default: used by first, second" in message
-    assert "_fft_r2c" in message
+    assert "aten.linalg_ldl_factor_ex.default: used by first, second" in message
+    assert "hash_tensor" in message
     assert "kpx.bridges.torch.lowers" in message
 
 
@@ -325,27 +325,6 @@ def test_control_flow_on_a_value_gives_the_models_own_line():
 def test_an_error_of_the_model_itself_keeps_its_words_and_line():
     with pytest.raises(kpx.CaptureError, match=r"\[3, 7\] X \[8, 16\]"):
         kpx.optimize(_model())(torch.ones(3, 7))
-
-
-def test_active_dropout_is_refused_with_its_remedy():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).train()
-    with pytest.raises(kpx.UnsupportedError, match=r"training mode[^.]*`model\.eval\(\)`|model\.eval\(\)"):
-        kpx.optimize(model)(X)
-
-
-def test_dropout_inside_attention_is_refused():
-    class Model(torch.nn.Module):
-        def forward(self, q):
-            return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
-
-    with pytest.raises(kpx.UnsupportedError, match=r"Dropout with p=0\.5 is active"):
-        kpx.optimize(Model())(torch.ones(1, 2, 4, 8))
-
-
-def test_a_changed_buffer_is_refused_not_dropped():
-    model = torch.nn.BatchNorm1d(8).train()
-    with pytest.raises(kpx.UnsupportedError, match=r"running_mean|batch_norm"):
-        kpx.optimize(model)(X)
 
 
 def test_a_tensor_that_requires_grad_is_refused():

@@ -1,12 +1,17 @@
 """Every lowering rule gives PyTorch's values, dtypes and shapes."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import kpx
+from bench import opinfo_check
 from kpx.bridges.torch import capture, dtypes
 from kpx.bridges.torch.registry import RULES, lowers
+from tests.bridges.opinfo_ops import OPINFO
+from tests.bridges.torch_samples import DRAWS, ELSEWHERE, MORE
 
 F = torch.nn.functional
 aten = torch.ops.aten
@@ -86,7 +91,6 @@ SAMPLES = {
     aten.alias.default: [(X,)],
     aten.detach.default: [(X,)],
     aten.lift_fresh_copy.default: [(X,)],
-    aten.dropout.default: [(X, 0.5, False)],
     aten.view.default: [(X, [2, 6]), (X, [-1])],
     aten.reshape.default: [(X, [4, -1])],
     aten._unsafe_view.default: [(X, [12])],
@@ -185,6 +189,7 @@ SAMPLES = {
     aten.avg_pool2d.default: [(IMAGE, [3, 3], [2, 2], [1, 1]), (IMAGE, [3, 3], [2, 2], [1, 1], True, False), (IMAGE, [2, 2], [2, 2], [0, 0], True), (IMAGE, [2, 2], [2, 2], [0, 0], False, True, 3)],
     aten.adaptive_avg_pool2d.default: [(IMAGE, [1, 1]), (IMAGE, [3, 4]), (IMAGE, [4, 5])],
 }  # fmt: skip
+SAMPLES |= MORE
 
 CASES = [
     (op, *(s if len(s) == 2 and isinstance(s[1], dict) else (s, {})))
@@ -217,8 +222,40 @@ def test_an_op_gives_what_pytorch_gives(op, args, kwargs):
         torch.testing.assert_close(g, w, rtol=loose, atol=loose, equal_nan=True)
 
 
+@pytest.mark.parametrize("op", DRAWS, ids=str)
+def test_a_random_op_draws_around_its_mean(op):
+    args, kwargs, mean = DRAWS[op]
+    arrays = [jnp.asarray(a.numpy()) if isinstance(a, torch.Tensor) else a for a in args]
+    named = {k: v for k, v in kwargs.items() if k != "device"}
+    drawn = RULES[op](*arrays, **named, key=jax.random.key(0, impl="rbg"))
+    first = np.asarray(drawn[0] if isinstance(drawn, tuple) else drawn)
+    assert abs(first.mean() - mean) < 0.12 * max(1.0, first.std())
+
+
+@pytest.mark.parametrize("name", OPINFO)
+def test_the_op_databases_samples_have_pytorchs_values_and_gradients(name):
+    reached = set()
+
+    def noted(op, rule):
+        def run(*args, **kwargs):
+            reached.add(str(op))
+            return rule(*args, **kwargs)
+
+        return run
+
+    before = dict(RULES)
+    try:
+        RULES.update({op: noted(op, rule) for op, rule in before.items()})
+        verdicts = opinfo_check.check(name, "f32", 2, True)
+    finally:
+        RULES.update(before)
+    assert {part: v["verdict"] for part, v in verdicts.items()} == dict.fromkeys(verdicts, "pass"), verdicts
+    assert set(OPINFO[name]) <= reached
+
+
 def test_every_rule_has_a_sample():
-    assert {str(op) for op in RULES} - {str(op) for op in SAMPLES} == set()
+    sampled = {str(op) for op in (*SAMPLES, *DRAWS, *ELSEWHERE)} | {op for ops in OPINFO.values() for op in ops}
+    assert {str(op) for op in RULES} - sampled == set()
 
 
 def test_a_second_rule_for_an_op_is_refused():

@@ -1,3 +1,20 @@
 """Lowering rules by family. Importing this package registers them."""
 
-from kpx.bridges.torch.aten import elementwise, indexing, nn, reduce, shape  # noqa: F401
+from kpx.bridges.torch.aten import (  # noqa: F401
+    backward,
+    complex,
+    elementwise,
+    fft,
+    indexing,
+    interpolate,
+    linalg,
+    nn,
+    pooling,
+    prims,
+    random,
+    reduce,
+    scatter,
+    shape,
+    sort,
+    special,
+)

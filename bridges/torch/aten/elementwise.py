@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, promote_to_float, result_type, to_jax
-from kpx.bridges.torch.registry import lowers, refuse_dropout
+from kpx.bridges.torch.registry import lowers
 from kpx.kernels.activation import gelu as fused_gelu
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ def mul(x, y):
     return jnp.logical_and(x, y) if x.dtype == bool else x * y
 
 
-@lowers(aten.div.Tensor, aten.div.Scalar)
+@lowers(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, aten.true_divide.Scalar)
 def div(x, y):
     dtype = result_type(x, y)
     dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else np.dtype(np.float32)
@@ -81,7 +82,11 @@ def pow(x, y):
             return jax.lax.integer_pow(base, int(y))
     if isinstance(y, float) and y == 0.5:
         return jnp.sqrt(promote(x, y)[0])
-    return jnp.power(*promote(x, y))
+    x, y = promote(x, y)
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):  # a negative power is 0, but of 1 and -1
+        inverse = jnp.where(x == 1, 1, jnp.where(x == -1, 1 - 2 * (y & 1), 0)).astype(x.dtype)
+        return jnp.where(y < 0, inverse, jnp.power(x, jnp.maximum(y, 0)))
+    return jnp.power(x, y)
 
 
 @lowers(aten.maximum.default)
@@ -158,6 +163,22 @@ def masked_fill(x, mask, value):
     return jnp.where(mask, jnp.asarray(value, x.dtype), x)
 
 
+@lowers(aten.signbit.default)
+def signbit(x):
+    return jnp.signbit(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x < 0)
+
+
+@lowers(aten.copysign.Tensor, aten.copysign.Scalar)
+def copysign(x, y):
+    x, y = promote(*(promote_to_float(a) if hasattr(a, "dtype") else float(a) for a in (x, y)))
+    return jnp.copysign(x, y)
+
+
+@lowers(aten.equal.default)
+def equal(x, y):
+    return jnp.array_equal(x, y)
+
+
 @lowers(aten.isnan.default)
 def isnan(x):
     return jnp.isnan(x)
@@ -187,7 +208,8 @@ for _name, _function in {
 
 # The dtype stays.
 for _name, _function in {
-    "neg": jnp.negative, "abs": jnp.abs, "sign": jnp.sign, "relu": jax.nn.relu,
+    "neg": jnp.negative, "abs": jnp.abs, "relu": jax.nn.relu,
+    "sign": lambda x: x if x.dtype == jnp.bool_ else jnp.sign(x),
 }.items():  # fmt: skip
 
     def _unary(x, _function=_function):
@@ -250,7 +272,7 @@ def softplus(x, beta=1, threshold=20):
 
 @lowers(aten._to_copy.default)
 def to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
-    return x if dtype is None else x.astype(to_jax(dtype))
+    return x if dtype is None else cast(x, to_jax(dtype))
 
 
 @lowers(aten.clone.default, aten.contiguous.default)
@@ -260,10 +282,4 @@ def clone(x, *, memory_format=None):
 
 @lowers(aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 def alias(x):
-    return x
-
-
-@lowers(aten.dropout.default)
-def dropout(x, p, train):
-    refuse_dropout(p if train else 0)
     return x

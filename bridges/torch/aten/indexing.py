@@ -1,7 +1,8 @@
-"""ATen's gathers and scatters.
+"""ATen's gathers, and embeddings.
 
-PyTorch raises on an out-of-range index and a compiled program cannot; kpx fills with NaN (or the
-smallest integer) instead of reading some other row, so that a wrong index cannot look right.
+A compiled program cannot raise as it runs: it gives, besides its results, whether an index was out of range, and the
+caller raises PyTorch's error. Under a JAX transformation nobody looks: there such an index reads NaN (or the
+smallest integer), so that it cannot look right.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 import torch
 
+from kpx.bridges.torch import checks
+from kpx.bridges.torch.aten.common import axis, sum_dtype
+from kpx.bridges.torch.aten.scatter import accumulated
 from kpx.bridges.torch.registry import lowers
 
 aten = torch.ops.aten
@@ -16,32 +20,81 @@ aten = torch.ops.aten
 
 @lowers(aten.embedding.default)
 def embedding(weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    checks.in_range(indices, 0, weight.shape[0], 0)
     return weight.at[indices].get(mode="fill", wrap_negative_indices=False)
 
 
-@lowers(aten.index.Tensor)
+def _key(x, indices):
+    """A NumPy key for a list of index tensors with holes, checked."""
+    key = []
+    for i in indices:
+        if i is None:
+            key.append(slice(None))
+            continue
+        if i.dtype not in (jnp.bool_, jnp.uint8):
+            dim = len(key)
+            checks.in_range(i, -x.shape[dim], x.shape[dim], dim)
+        key.append(i)
+    return tuple(key)
+
+
+@lowers(aten.index.Tensor, aten._unsafe_index.Tensor)
 def index(x, indices):
-    key = tuple(slice(None) if i is None else i for i in indices)
-    return x.at[key].get(mode="fill")
+    return x.at[_key(x, indices)].get(mode="fill")
 
 
 @lowers(aten.index_select.default)
 def index_select(x, dim, indices):
-    return jnp.take(x, indices.reshape(-1), dim % max(x.ndim, 1), mode="fill") if x.ndim else x
+    if not x.ndim:
+        return x
+    dim = axis(x, dim)
+    checks.in_range(indices, 0, x.shape[dim], dim)
+    return jnp.take(x, indices.reshape(-1), dim, mode="fill")
 
 
 @lowers(aten.gather.default)
 def gather(x, dim, indices, *, sparse_grad=False):
-    dim %= max(x.ndim, 1)
+    if not x.ndim:
+        return jnp.broadcast_to(x, indices.shape)
+    if not indices.size:
+        return jnp.zeros(indices.shape, x.dtype)
+    if not indices.ndim:
+        return gather(x, dim, indices[None])[0]
+    dim = axis(x, dim)
+    checks.in_range(indices, 0, x.shape[dim], dim)
     kept = tuple(slice(n) if d != dim else slice(None) for d, n in enumerate(indices.shape))
-    return jnp.take_along_axis(x[kept], indices, dim, mode="fill") if x.ndim else x
+    return jnp.take_along_axis(x[kept], indices, dim, mode="fill")
 
 
-@lowers(aten.index_put.default)
+@lowers(aten.index_put.default, aten._unsafe_index_put.default)
 def index_put(x, indices, values, accumulate=False):
-    at = x.at[tuple(slice(None) if i is None else i for i in indices)]
     values = values.astype(x.dtype)
-    return at.add(values) if accumulate else at.set(values)
+    if any(i is not None and i.dtype in (jnp.bool_, jnp.uint8) for i in indices):
+        return _put_where(x, indices, values, accumulate)
+    at = x.at[_key(x, indices)]
+    return accumulated(at, "add" if accumulate else "set", values, x.dtype)
+
+
+def _put_where(x, indices, values, accumulate):
+    """Indexing by a mask: where it holds, values are taken in order, or the one value there is."""
+    masks = [i for i in indices if i is not None]
+    lead = next(d for d, i in enumerate(indices) if i is not None)
+    if len(masks) > 1 or any(i is not None for i in indices[:lead]):
+        raise NotImplementedError("a mask beside other indices writes a number of values that depends on the mask")
+    mask = masks[0].astype(bool)
+    rest = x.ndim - lead - mask.ndim
+    shaped = mask.reshape(*[1] * lead, *mask.shape, *[1] * rest)
+    if values.ndim > rest and values.shape[values.ndim - rest - 1] != 1:
+        if lead:
+            raise NotImplementedError("a mask of later dimensions with a list of values")
+        order = jnp.clip(jnp.cumsum(mask.reshape(-1)) - 1, 0, values.shape[0] - 1)
+        values = values[order].reshape(*mask.shape, *values.shape[1:])
+    elif values.ndim > rest:
+        values = values.reshape(
+            *values.shape[: values.ndim - rest - 1], *[1] * mask.ndim, *values.shape[values.ndim - rest :]
+        )
+    added = (x | values if x.dtype == jnp.bool_ else x + values) if accumulate else values
+    return jnp.where(shaped, added, x)
 
 
 @lowers(aten.slice_scatter.default)
@@ -56,3 +109,89 @@ def select_scatter(x, src, dim, index):
     key: list = [slice(None)] * x.ndim
     key[dim] = index
     return x.at[tuple(key)].set(src)
+
+
+@lowers(aten.diagonal_scatter.default)
+def diagonal_scatter(x, src, offset=0, dim1=0, dim2=1):
+    dim1, dim2 = dim1 % x.ndim, dim2 % x.ndim
+    count = src.shape[-1]
+    i = jnp.arange(count)
+    key: list = [slice(None)] * x.ndim
+    moved = jnp.moveaxis(x, (dim1, dim2), (-2, -1))
+    key = [..., i + max(-offset, 0), i + max(offset, 0)]
+    return jnp.moveaxis(moved.at[tuple(key)].set(src), (-2, -1), (dim1, dim2))
+
+
+@lowers(aten.nonzero_static.default)
+def nonzero_static(x, *, size, fill_value=-1):
+    if not x.ndim:
+        return jnp.zeros((size, 0), jnp.int64)
+    return jnp.stack(jnp.nonzero(x, size=size, fill_value=fill_value), -1).astype(jnp.int64)
+
+
+@lowers(aten.repeat_interleave.Tensor)
+def repeat_interleave(repeats, *, output_size=None):
+    if output_size is None:
+        raise NotImplementedError("the size of the result depends on values; pass `output_size=`")
+    return jnp.repeat(jnp.arange(repeats.shape[0], dtype=repeats.dtype), repeats, total_repeat_length=output_size)
+
+
+# Bags of embeddings ----------------------------------------------------------------------------
+
+BAG_SUM, BAG_MEAN, BAG_MAX = 0, 1, 2
+
+
+@lowers(aten._embedding_bag.default)
+def embedding_bag(
+    weight, indices, offsets, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=None,
+    include_last_offset=False, padding_idx=-1,
+):  # fmt: skip
+    """Sums, means or maxima of rows from each offset to the next; rows of `padding_idx` count for nothing.
+
+    The other results are what the backward op takes: the bag of each row (empty where PyTorch's kernel for sums
+    skips it), the bags' sizes, and which row each maximum came from.
+    """
+    checks.in_range(indices, 0, weight.shape[0], 0)
+    bags = offsets.shape[0] - include_last_offset
+    owner = jnp.searchsorted(offsets[:bags], jnp.arange(indices.shape[0], dtype=offsets.dtype), side="right") - 1
+    owner = owner.astype(offsets.dtype)
+    counted = indices != padding_idx if padding_idx >= 0 else jnp.ones(indices.shape, bool)
+    target = jnp.where(counted, owner, bags)
+    size = jnp.zeros(bags, offsets.dtype).at[target].add(1, mode="drop")
+    rows = weight[indices].astype(sum_dtype(weight.dtype))
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    if mode == BAG_MAX:
+        result, places = _bag_maximum(rows, indices, target, owner, size)
+    else:
+        result, places = jnp.zeros((bags, rows.shape[1]), rows.dtype).at[target].add(rows, mode="drop"), size
+        if mode == BAG_MEAN:
+            result = result / jnp.maximum(size, 1)[:, None].astype(result.dtype)
+    if mode == BAG_SUM and padding_idx < 0 and weight.dtype in (jnp.float32, jnp.float16):
+        owner = owner[:0]
+    return result.astype(weight.dtype), owner, size, places.astype(offsets.dtype)
+
+
+def _bag_maximum(rows, indices, target, owner, size):
+    shape = (size.shape[0], rows.shape[1])
+    best = jnp.full(shape, jnp.asarray(-jnp.inf, rows.dtype)).at[target].max(rows, mode="drop")
+    first = jnp.where(rows == best[owner], jnp.arange(rows.shape[0])[:, None], rows.shape[0])
+    first = jnp.full(shape, rows.shape[0]).at[target].min(first, mode="drop")
+    filled = size[:, None] > 0
+    places = jnp.where(filled, indices.at[first].get(mode="fill", fill_value=0), 0)
+    return jnp.where(filled, best, 0), places
+
+
+@lowers(aten._embedding_bag_forward_only.default)
+def embedding_bag_forward_only(weight, indices, offsets, *args, **kwargs):
+    result, owner, size, places = embedding_bag(weight, indices, offsets, *args, **kwargs)
+    return result, owner, jnp.resize(size, offsets.shape) if size.size else jnp.zeros_like(offsets), places
+
+
+@lowers(aten.embedding_renorm.default)
+def embedding_renorm(weight, indices, max_norm, norm_type):
+    """Rows that are looked up are scaled down to a norm of at most `max_norm`."""
+    norm = jnp.linalg.norm(weight, norm_type, axis=-1, keepdims=True)
+    scaled = jnp.where(norm > max_norm, weight * (max_norm / (norm + 1e-7)), weight).astype(weight.dtype)
+    used = jnp.zeros(weight.shape[0], bool).at[indices.reshape(-1)].set(True)
+    return jnp.where(used[:, None], scaled, weight)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from kpx.bridges.torch.registry import lowers, refuse_dropout
+from kpx.bridges.torch.aten.common import sizes, sum_dtype
+from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.registry import lowers
 from kpx.kernels import attention, norm
 
 aten = torch.ops.aten
@@ -16,26 +18,21 @@ aten = torch.ops.aten
 # Matrix products -------------------------------------------------------------------------------
 
 
-def _sum_dtype(dtype):
-    """What products are summed in: f32 for 16-bit floats, as PyTorch does; the bias is added before rounding."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
 @lowers(aten.linear.default)
 def linear(x, weight, bias=None):
-    wide = _sum_dtype(x.dtype)
+    wide = sum_dtype(x.dtype)
     y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (weight.ndim - 1,)), ((), ())), preferred_element_type=wide)
     return (y if bias is None else y + bias.astype(wide)).astype(x.dtype)
 
 
 @lowers(aten.mm.default, aten.bmm.default, aten.matmul.default)
 def matmul(x, y):
-    return jnp.matmul(x, y, preferred_element_type=_sum_dtype(x.dtype)).astype(x.dtype)
+    return jnp.matmul(x, y, preferred_element_type=sum_dtype(x.dtype)).astype(x.dtype)
 
 
 @lowers(aten.addmm.default, aten.baddbmm.default)
 def addmm(bias, x, y, *, beta=1, alpha=1):
-    wide = _sum_dtype(x.dtype)
+    wide = sum_dtype(x.dtype)
     product = jnp.matmul(x, y, preferred_element_type=wide)
     if alpha != 1:
         product = product * jnp.asarray(alpha, wide)
@@ -47,23 +44,71 @@ def addmm(bias, x, y, *, beta=1, alpha=1):
 
 @lowers(aten.dot.default, aten.mv.default)
 def dot(x, y):
-    return jnp.dot(x, y)
+    return jnp.dot(x, y, preferred_element_type=sum_dtype(x.dtype)).astype(x.dtype)
 
 
-@lowers(aten.scaled_dot_product_attention.default)
+@lowers(aten.vdot.default)
+def vdot(x, y):
+    return jnp.vdot(x, y)
+
+
+@lowers(aten.addbmm.default)
+def addbmm(bias, x, y, *, beta=1, alpha=1):
+    joined = jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1), y.reshape(-1, y.shape[2])
+    return addmm(bias, *joined, beta=beta, alpha=alpha)
+
+
+@lowers(aten._int_mm.default)
+def int_mm(x, y):
+    return jnp.matmul(x, y, preferred_element_type=jnp.int32)
+
+
+@lowers(aten.mm.dtype, aten.bmm.dtype)
+def matmul_to(x, y, out_dtype):
+    return jnp.matmul(x, y, preferred_element_type=to_jax(out_dtype))
+
+
+@lowers(aten._trilinear.default)
+def trilinear(x, y, z, expand1, expand2, expand3, sumdim, unroll_dim=1):
+    x, y, z = (jnp.expand_dims(a, tuple(e)) for a, e in ((x, expand1), (y, expand2), (z, expand3)))
+    return jnp.sum(x * y * z, tuple(sumdim))
+
+
+# Distances -------------------------------------------------------------------------------------
+
+
+def _norm(difference, p):
+    """The p-norm along the last axis, whose gradient at zero is zero."""
+    size = jnp.abs(difference)
+    if p == 0:
+        return jnp.sum(difference != 0, -1).astype(difference.dtype)
+    if p == float("inf"):
+        return jnp.max(size, -1, initial=0)
+    if p == 1:
+        return jnp.sum(size, -1)
+    powers = jnp.square(difference) if p == 2 else jnp.where(size == 0, 0, jnp.where(size == 0, 1, size) ** p)
+    total = jnp.sum(powers, -1)
+    return jnp.where(total == 0, 0, jnp.where(total == 0, 1, total) ** (1 / p))
+
+
+@lowers(aten._cdist_forward.default)
+def cdist(x, y, p, compute_mode):
+    return _norm(x[..., :, None, :] - y[..., None, :, :], p)
+
+
+@lowers(aten._pdist_forward.default)
+def pdist(x, p=2.0):
+    rows, columns = np.triu_indices(x.shape[0], 1)
+    return _norm(x[rows] - x[columns], p)
+
+
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
-    refuse_dropout(dropout_p)
     return attention.attention(query, key, value, mask=attn_mask, causal=is_causal, scale=scale)
 
 
 # Convolution -----------------------------------------------------------------------------------
-
-
-def _tuple(value, n):
-    value = [value] if isinstance(value, int) else list(value)
-    return value * n if len(value) == 1 else value
 
 
 def _conv(x, weight, bias, stride, padding, dilation, groups):
@@ -71,19 +116,28 @@ def _conv(x, weight, bias, stride, padding, dilation, groups):
     unbatched = x.ndim == n + 1
     x = x[None] if unbatched else x
     if not isinstance(padding, str):
-        padding = [(p, p) for p in _tuple(padding, n)]
-    y = jax.lax.conv_general_dilated(
+        padding = [(p, p) for p in sizes(padding, n)]
+    y = _convolved(x, weight, sizes(stride, n), padding, [1] * n, sizes(dilation, n), groups)
+    return _biased(y, bias, x.dtype, unbatched)
+
+
+def _convolved(x, weight, stride, padding, base, dilation, groups):
+    return jax.lax.conv_general_dilated(
         x,
         weight,
-        _tuple(stride, n),
+        stride,
         padding.upper() if isinstance(padding, str) else padding,
-        rhs_dilation=_tuple(dilation, n),
+        lhs_dilation=base,
+        rhs_dilation=dilation,
         feature_group_count=groups,
-        preferred_element_type=_sum_dtype(x.dtype),
+        preferred_element_type=sum_dtype(x.dtype),
     )
+
+
+def _biased(y, bias, dtype, unbatched):
     if bias is not None:
-        y = y + bias.astype(y.dtype).reshape(-1, *(1,) * n)
-    y = y.astype(x.dtype)
+        y = y + bias.astype(y.dtype).reshape(-1, *(1,) * (y.ndim - 2))
+    y = y.astype(dtype)
     return y[0] if unbatched else y
 
 
@@ -93,6 +147,29 @@ def _conv(x, weight, bias, stride, padding, dilation, groups):
 )  # fmt: skip
 def conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return _conv(x, weight, bias, stride, padding, dilation, groups)
+
+
+@lowers(aten.convolution.default)
+def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    if not transposed:
+        return _conv(x, weight, bias, stride, padding, dilation, groups)
+    return _transposed_conv(x, weight, bias, stride, padding, dilation, output_padding, groups)
+
+
+def _transposed_conv(x, weight, bias, stride, padding, dilation, output_padding, groups):
+    """The gradient of a convolution: of x, spread out by the stride, with the flipped kernel (arXiv 1603.07285)."""
+    n = weight.ndim - 2
+    unbatched = x.ndim == n + 1
+    x = x[None] if unbatched else x
+    stride, padding, dilation, extra = (sizes(v, n) for v in (stride, padding, dilation, output_padding))
+    spatial = weight.shape[2:]
+    # [in, out / groups, ...] becomes [out, in / groups, ...].
+    kernel = jnp.flip(weight, range(2, 2 + n)).reshape(groups, -1, weight.shape[1], *spatial)
+    kernel = jnp.swapaxes(kernel, 1, 2).reshape(groups * weight.shape[1], -1, *spatial)
+    reach = [d * (k - 1) for d, k in zip(dilation, spatial, strict=True)]
+    pads = [(r - p, r - p + e) for r, p, e in zip(reach, padding, extra, strict=True)]
+    y = _convolved(x, kernel, [1] * n, pads, stride, dilation, groups)
+    return _biased(y, bias, x.dtype, unbatched)
 
 
 # Normalization ---------------------------------------------------------------------------------
@@ -122,84 +199,28 @@ def batch_norm(x, weight, bias, mean, variance, momentum, eps):
     return y.astype(x.dtype), empty, empty
 
 
+@lowers(aten.native_layer_norm.default)
+def native_layer_norm(x, normalized_shape, weight, bias, eps):
+    """The norm, whole, with the mean and the reciprocal deviation that its backward op takes."""
+    axes = tuple(range(x.ndim - len(normalized_shape), x.ndim))
+    wide = x.astype(sum_dtype(x.dtype))
+    mean = jnp.mean(wide, axes, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), axes, keepdims=True) + np.asarray(eps, wide.dtype))
+    return layer_norm(x, normalized_shape, weight, bias, eps), mean.astype(x.dtype), rstd.astype(x.dtype)
+
+
 @lowers(aten.group_norm.default)
 def group_norm(x, groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-    grouped = x.reshape(x.shape[0], groups, -1).astype(jnp.float32)
+    if not x.size:
+        return x
+    grouped = x.reshape(x.shape[0], groups, -1).astype(sum_dtype(x.dtype))
     mean = grouped.mean(-1, keepdims=True)
     centred = grouped - mean
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    y = (centred * jax.lax.rsqrt(variance + np.float32(eps))).reshape(x.shape)
+    y = (centred * jax.lax.rsqrt(variance + np.asarray(eps, variance.dtype))).reshape(x.shape)
     shape = (1, -1, *(1,) * (x.ndim - 2))
     if weight is not None:
         y = y * weight.reshape(shape)
     if bias is not None:
         y = y + bias.reshape(shape)
     return y.astype(x.dtype)
-
-
-# Pooling ---------------------------------------------------------------------------------------
-
-
-def _window(x, kernel, stride, padding, dilation, ceil_mode):
-    """Window, strides, dilations and padding over all of x's dimensions, the last n pooled."""
-    n = len(kernel)
-    lead = x.ndim - n
-    pads = []
-    for size, k, s, p, d in zip(x.shape[lead:], kernel, stride, padding, dilation, strict=True):
-        high = p
-        if ceil_mode:
-            reach = size + 2 * p - (d * (k - 1) + 1)
-            out = -(-reach // s) + 1
-            out -= (out - 1) * s >= size + p  # a window must start inside the input or left padding
-            high = max(p, (out - 1) * s + d * (k - 1) + 1 - size - p)
-        pads.append((p, high))
-    return [1] * lead + kernel, [1] * lead + stride, [1] * lead + dilation, [(0, 0)] * lead + pads
-
-
-@lowers(aten.max_pool2d.default)
-def max_pool2d(x, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False):
-    kernel = _tuple(kernel_size, 2)
-    stride = _tuple(stride, 2) if stride else kernel
-    window, strides, dilations, pads = _window(x, kernel, stride, _tuple(padding, 2), _tuple(dilation, 2), ceil_mode)
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    low = jnp.asarray(-jnp.inf if floating else jnp.iinfo(x.dtype).min, x.dtype)
-    return jax.lax.reduce_window(x, low, jax.lax.max, window, strides, pads, None, dilations)
-
-
-@lowers(aten.avg_pool2d.default)
-def avg_pool2d(x, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
-    kernel = _tuple(kernel_size, 2)
-    stride = _tuple(stride, 2) if stride else kernel
-    padding = _tuple(padding, 2)
-    window, strides, _, pads = _window(x, kernel, stride, padding, [1, 1], ceil_mode)
-    dtype, x = x.dtype, x.astype(_sum_dtype(x.dtype))
-    zero = np.zeros((), x.dtype)
-    total = jax.lax.reduce_window(x, zero, jax.lax.add, window, strides, pads)
-    if divisor_override:
-        return (total / jnp.asarray(divisor_override, x.dtype)).astype(dtype)
-    counted = jnp.ones(x.shape[-2:], x.dtype)
-    border = [(p, p) for p in padding]
-    if count_include_pad:  # the padding counts, what ceil_mode adds past it does not
-        counted = jnp.pad(counted, border, constant_values=1)
-        border = [(low - p, high - p) for (low, high), p in zip(pads[-2:], padding, strict=True)]
-    else:
-        border = pads[-2:]
-    count = jax.lax.reduce_window(counted, zero, jax.lax.add, kernel, stride, border)
-    return (total / count).astype(dtype)
-
-
-@lowers(aten.adaptive_avg_pool2d.default)
-def adaptive_avg_pool2d(x, output_size):
-    """Each output is the mean of its own, possibly overlapping, window; summed in f32 at least."""
-    dtype, x = x.dtype, x.astype(_sum_dtype(x.dtype))
-    for axis, out in zip((x.ndim - 2, x.ndim - 1), _tuple(output_size, 2), strict=True):
-        size = x.shape[axis]
-        out = size if out is None else out
-        if size % out == 0:
-            split = (*x.shape[:axis], out, size // out, *x.shape[axis + 1 :])
-            x = x.reshape(split).mean(axis + 1)
-        else:
-            windows = [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
-            parts = [jax.lax.slice_in_dim(x, a, b, 1, axis).mean(axis, keepdims=True) for a, b in windows]
-            x = jnp.concatenate(parts, axis)
-    return x.astype(dtype)

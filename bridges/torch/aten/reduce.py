@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import torch
 
+from kpx.bridges.torch.aten.common import axes, sum_dtype
 from kpx.bridges.torch.dtypes import promote_to_float, to_jax
 from kpx.bridges.torch.registry import lowers
 
 aten = torch.ops.aten
 
 
-def _axes(x, dim):
-    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
-        return tuple(range(x.ndim))
-    dims = [dim] if isinstance(dim, int) else dim
-    return tuple(d % max(x.ndim, 1) for d in dims) if x.ndim else ()
-
-
-def _summed(x, dtype):
+def summed(x, dtype):
     """Sums of integers and bools are int64; low-precision floats are summed in f32 by XLA itself."""
     if dtype is not None:
         return x.astype(to_jax(dtype))
@@ -28,41 +24,52 @@ def _summed(x, dtype):
 
 @lowers(aten.sum.default, aten.sum.dim_IntList)
 def sum_(x, dim=None, keepdim=False, *, dtype=None):
-    x = _summed(x, dtype)
-    return jnp.sum(x, _axes(x, dim), dtype=x.dtype, keepdims=keepdim)
+    x = summed(x, dtype)
+    return jnp.sum(x, axes(x, dim), dtype=x.dtype, keepdims=keepdim)
 
 
 @lowers(aten.mean.default, aten.mean.dim)
 def mean(x, dim=None, keepdim=False, *, dtype=None):
     x = x if dtype is None else x.astype(to_jax(dtype))
-    return jnp.mean(x, _axes(x, dim), keepdims=keepdim)
+    return jnp.mean(x, axes(x, dim), keepdims=keepdim)
 
 
 @lowers(aten.prod.default)
 def prod(x, *, dtype=None):
-    x = _summed(x, dtype)
+    x = summed(x, dtype)
     return jnp.prod(x, dtype=x.dtype)
 
 
 @lowers(aten.prod.dim_int)
 def prod_dim(x, dim, keepdim=False, *, dtype=None):
-    x = _summed(x, dtype)
-    return jnp.prod(x, _axes(x, dim), dtype=x.dtype, keepdims=keepdim)
+    x = summed(x, dtype)
+    return jnp.prod(x, axes(x, dim), dtype=x.dtype, keepdims=keepdim)
+
+
+def variance(x, over, correction, keepdim):
+    """NaN where no degree of freedom is left, as PyTorch has it."""
+    count = math.prod(x.shape[d] for d in over)
+    wide = x.astype(sum_dtype(x.dtype))
+    centred = wide - jnp.mean(wide, over, keepdims=True)
+    total = jnp.sum(jnp.square(jnp.abs(centred)), over, keepdims=keepdim)
+    divisor = max(count - (1 if correction is None else correction), 0)
+    real = jnp.finfo(x.dtype).dtype
+    return (total / jnp.asarray(divisor, total.dtype)).astype(real)
 
 
 @lowers(aten.var.correction)
 def var(x, dim=None, *, correction=1, keepdim=False):
-    return jnp.var(x, _axes(x, dim), ddof=1 if correction is None else correction, keepdims=keepdim)
+    return variance(x, axes(x, dim), correction, keepdim)
 
 
 @lowers(aten.amax.default)
 def amax(x, dim=(), keepdim=False):
-    return jnp.max(x, _axes(x, dim), keepdims=keepdim)
+    return jnp.max(x, axes(x, dim), keepdims=keepdim)
 
 
 @lowers(aten.amin.default)
 def amin(x, dim=(), keepdim=False):
-    return jnp.min(x, _axes(x, dim), keepdims=keepdim)
+    return jnp.min(x, axes(x, dim), keepdims=keepdim)
 
 
 @lowers(aten.max.default)
@@ -77,32 +84,48 @@ def min_all(x):
 
 @lowers(aten.max.dim)
 def max_dim(x, dim, keepdim=False):
-    return jnp.max(x, _axes(x, dim), keepdims=keepdim), argmax(x, dim, keepdim)
+    return jnp.max(x, axes(x, dim), keepdims=keepdim), argmax(x, dim, keepdim)
 
 
 @lowers(aten.min.dim)
 def min_dim(x, dim, keepdim=False):
-    return jnp.min(x, _axes(x, dim), keepdims=keepdim), argmin(x, dim, keepdim)
+    return jnp.min(x, axes(x, dim), keepdims=keepdim), argmin(x, dim, keepdim)
+
+
+def _place(function, x, dim, keepdim):
+    if not x.ndim:
+        return jnp.zeros((), jnp.int64)
+    return function(x, dim, keepdims=keepdim).astype(jnp.int64)
 
 
 @lowers(aten.argmax.default)
 def argmax(x, dim=None, keepdim=False):
-    return jnp.argmax(x, dim, keepdims=keepdim).astype(jnp.int64)
+    return _place(jnp.argmax, x, dim, keepdim)
 
 
 @lowers(aten.argmin.default)
 def argmin(x, dim=None, keepdim=False):
-    return jnp.argmin(x, dim, keepdims=keepdim).astype(jnp.int64)
+    return _place(jnp.argmin, x, dim, keepdim)
 
 
 @lowers(aten.any.default, aten.any.dim, aten.any.dims)
 def any_(x, dim=None, keepdim=False):
-    return jnp.any(x, _axes(x, dim), keepdims=keepdim)
+    return jnp.any(x, axes(x, dim), keepdims=keepdim)
 
 
 @lowers(aten.all.default, aten.all.dim, aten.all.dims)
 def all_(x, dim=None, keepdim=False):
-    return jnp.all(x, _axes(x, dim), keepdims=keepdim)
+    return jnp.all(x, axes(x, dim), keepdims=keepdim)
+
+
+@lowers(aten._is_all_true.default)
+def is_all_true(x):
+    return jnp.all(x)
+
+
+@lowers(aten._is_any_true.default)
+def is_any_true(x):
+    return jnp.any(x)
 
 
 @lowers(aten._softmax.default)
@@ -127,25 +150,25 @@ def log_softmax(x, dim, dtype=None):
 
 @lowers(aten.logsumexp.default)
 def logsumexp(x, dim, keepdim=False):
-    return jax.nn.logsumexp(promote_to_float(x), _axes(x, dim), keepdims=keepdim)
+    return jax.nn.logsumexp(promote_to_float(x), axes(x, dim), keepdims=keepdim)
 
 
 @lowers(aten.cumsum.default)
 def cumsum(x, dim, *, dtype=None):
-    x = _summed(x, dtype)
+    x = summed(x, dtype)
     return jnp.cumsum(x, dim, dtype=x.dtype) if x.ndim else x
 
 
 @lowers(aten.linalg_vector_norm.default)
 def vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     x = x if dtype is None else x.astype(to_jax(dtype))
-    axes = _axes(x, dim)
+    over = axes(x, dim)
     if ord == 2:
-        return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axes, keepdims=keepdim))
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), over, keepdims=keepdim))
     if ord == float("inf"):
-        return jnp.max(jnp.abs(x), axes, keepdims=keepdim)
+        return jnp.max(jnp.abs(x), over, keepdims=keepdim)
     if ord == -float("inf"):
-        return jnp.min(jnp.abs(x), axes, keepdims=keepdim)
+        return jnp.min(jnp.abs(x), over, keepdims=keepdim)
     if ord == 0:
-        return jnp.sum(x != 0, axes, keepdims=keepdim).astype(x.dtype)
-    return jnp.power(jnp.sum(jnp.power(jnp.abs(x), ord), axes, keepdims=keepdim), 1 / ord)
+        return jnp.sum(x != 0, over, keepdims=keepdim).astype(x.dtype)
+    return jnp.power(jnp.sum(jnp.power(jnp.abs(x), ord), over, keepdims=keepdim), 1 / ord)

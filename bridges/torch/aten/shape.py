@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import torch
 
+from kpx.bridges.torch import checks
+from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, to_jax
 from kpx.bridges.torch.registry import lowers
 
@@ -35,7 +39,7 @@ def permute(x, dims):
 
 @lowers(aten.transpose.int)
 def transpose(x, dim0, dim1):
-    return jnp.swapaxes(x, dim0, dim1)
+    return jnp.swapaxes(x, dim0, dim1) if x.ndim else x
 
 
 @lowers(aten.t.default)
@@ -215,3 +219,74 @@ def arange_end(end, **options):
 @lowers(aten.arange.start)
 def arange_start(start, end, **options):
     return arange(start, end, **options)
+
+
+# Memory that nobody wrote yet is zeros here.
+
+
+@lowers(aten.empty.memory_format)
+def empty(size, *, dtype=None, memory_format=None):
+    return jnp.zeros(size, _factory_dtype(dtype, 0.0))
+
+
+@lowers(aten.empty_permuted.default)
+def empty_permuted(size, physical_layout, *, dtype=None):
+    return jnp.zeros(size, _factory_dtype(dtype, 0.0))
+
+
+@lowers(aten.copy.default)
+def copy(x, src, non_blocking=False):
+    return jnp.broadcast_to(cast(src, x.dtype), x.shape)
+
+
+# Sizes -----------------------------------------------------------------------------------------
+
+
+@lowers(aten.sym_size.int)
+def sym_size(x, dim):
+    return x.shape[dim]
+
+
+@lowers(aten.sym_numel.default)
+def sym_numel(x):
+    return x.size
+
+
+@lowers(aten.sym_stride.int)
+def sym_stride(x, dim):
+    return math.prod(x.shape[dim % x.ndim + 1 :])
+
+
+@lowers(aten.sym_storage_offset.default)
+def sym_storage_offset(x):
+    return 0
+
+
+# Values in Python ------------------------------------------------------------------------------
+
+
+@lowers(aten._local_scalar_dense.default)
+def item(x):
+    """A value that the graph computes with. Where it decides a shape, the op that needs it says so."""
+    return x.reshape(())
+
+
+@lowers(aten._assert_scalar.default, aten._assert_async.msg)
+def assert_holds(condition, message):
+    """PyTorch's own run-time assertions, `torch._check` say."""
+    if isinstance(condition, bool):
+        if not condition:
+            raise ValueError(message)
+        return
+    checks.holds(jnp.all(condition != 0), message, "RuntimeError")
+
+
+@lowers(aten._functional_assert_async.msg)
+def functional_assert(condition, message, token):
+    assert_holds(condition, message)
+    return token
+
+
+@lowers(aten._make_dep_token.default)
+def make_token(**options):
+    return jnp.zeros((), jnp.float32)

@@ -1,0 +1,137 @@
+"""PyTorch's prims: what its own reference decompositions end in."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from kpx.bridges.torch.aten import special
+from kpx.bridges.torch.aten.common import axes, sum_dtype
+from kpx.bridges.torch.aten.random import _draw, _normal
+from kpx.bridges.torch.aten.scatter import as_strided_scatter
+from kpx.bridges.torch.dtypes import promote, to_jax
+from kpx.bridges.torch.registry import lowers
+
+prims = torch.ops.prims
+
+
+def _divide(x, y):
+    x, y = promote(x, y)
+    return jax.lax.div(*jnp.broadcast_arrays(x, y))
+
+
+def _fmod(x, y):
+    return jax.lax.rem(*jnp.broadcast_arrays(*promote(x, y)))
+
+
+UNARY = {
+    "abs": jnp.abs, "acos": jnp.arccos, "acosh": jnp.arccosh, "asin": jnp.arcsin, "asinh": jnp.arcsinh,
+    "atan": jnp.arctan, "atanh": jnp.arctanh, "cos": jnp.cos, "cosh": jnp.cosh,
+    "bessel_i0": special.i0, "bessel_i0e": special.i0e, "bessel_i1": special.i1, "bessel_i1e": special.i1e,
+    "bessel_j0": special.bessel_j0, "bessel_j1": special.bessel_j1, "spherical_bessel_j0": special.spherical_j0,
+    "bitwise_not": jnp.bitwise_not, "ceil": jnp.ceil, "conj_physical": jnp.conj,
+    "digamma": special.digamma, "erf": jax.lax.erf, "erf_inv": special.erfinv, "erfc": jax.lax.erfc,
+    "erfcx": special.erfcx, "exp": jnp.exp, "exp2": jnp.exp2, "expm1": jnp.expm1, "floor": jnp.floor,
+    "isfinite": jnp.isfinite, "lgamma": special.lgamma, "log": jnp.log, "log1p": jnp.log1p,
+    "log2": jnp.log2, "log10": jnp.log10, "ndtri": special.ndtri, "neg": jnp.negative,
+    "reciprocal": jnp.reciprocal, "round": jnp.round, "rsqrt": jax.lax.rsqrt, "sign": jnp.sign,
+    "sin": jnp.sin, "sinh": jnp.sinh, "sqrt": jnp.sqrt, "cbrt": jnp.cbrt, "tan": jnp.tan,
+    "tanh": jnp.tanh, "trunc": jnp.trunc, "clone": lambda x, **_: x, "frexp": special.frexp,
+}  # fmt: skip
+BINARY = {
+    "add": jnp.add, "atan2": jnp.arctan2, "bitwise_and": jnp.bitwise_and, "bitwise_or": jnp.bitwise_or,
+    "bitwise_xor": jnp.bitwise_xor, "div": _divide, "eq": jnp.equal, "fmax": special.fmax, "fmin": special.fmin,
+    "fmod": _fmod, "gcd": jnp.gcd, "ge": jnp.greater_equal, "gt": jnp.greater, "hypot": jnp.hypot,
+    "igamma": special.igamma, "igammac": special.igammac, "le": jnp.less_equal, "lt": jnp.less,
+    "maximum": jnp.maximum, "minimum": jnp.minimum, "mul": jnp.multiply, "ne": jnp.not_equal,
+    "nextafter": special.nextafter, "pow": jnp.power, "remainder": jnp.remainder,
+    "shift_left": jnp.left_shift, "shift_right_arithmetic": jnp.right_shift, "sub": jnp.subtract,
+    "zeta": special.zeta,
+}  # fmt: skip
+
+for _name, _function in UNARY.items():
+    lowers(getattr(prims, _name).default)(lambda x, _function=_function, **options: _function(x))
+
+for _name, _function in BINARY.items():
+    lowers(getattr(prims, _name).default)(lambda x, y, _function=_function: _function(*promote(x, y)))
+
+
+@lowers(prims.where.default)
+def where(condition, x, y):
+    return jnp.where(condition, *promote(x, y))
+
+
+@lowers(prims.convert_element_type.default)
+def convert_element_type(x, dtype):
+    return special.cast(x, to_jax(dtype))
+
+
+@lowers(prims.device_put.default)
+def device_put(x, device=None, non_blocking=False):
+    return x
+
+
+@lowers(prims.broadcast_in_dim.default)
+def broadcast_in_dim(x, shape, broadcast_dimensions):
+    return jax.lax.broadcast_in_dim(x, shape, broadcast_dimensions)
+
+
+@lowers(prims.as_strided_scatter.default)
+def strided_scatter(x, src, size, stride, storage_offset):
+    return as_strided_scatter(x, src, size, stride, storage_offset)
+
+
+@lowers(prims.iota.default)
+def iota(length, *, start, step, dtype, requires_grad=False):
+    return (jnp.arange(length, dtype=jnp.int64) * step + start).astype(to_jax(dtype))
+
+
+@lowers(prims.empty_strided.default)
+def empty_strided(shape, strides, *, dtype, requires_grad=False):
+    return jnp.zeros(shape, to_jax(dtype))
+
+
+def _kind(x, output_dtype):
+    return x.dtype if output_dtype is None else to_jax(output_dtype)
+
+
+@lowers(prims.sum.default)
+def sum_(x, dims=None, *, output_dtype=None):
+    return jnp.sum(x, axes(x, dims) if dims is None else tuple(dims), dtype=_kind(x, output_dtype))
+
+
+@lowers(prims.prod.default)
+def prod(x, dims=None, *, output_dtype=None):
+    return jnp.prod(x, axes(x, dims) if dims is None else tuple(dims), dtype=_kind(x, output_dtype))
+
+
+@lowers(prims.var.default)
+def var(x, dims=None, correction=1.0, *, output_dtype=None):
+    from kpx.bridges.torch.aten.reduce import variance
+
+    return variance(x, axes(x, dims) if dims is None else tuple(dims), correction, False)
+
+
+@lowers(prims.amax.default)
+def amax(x, dims=None, *, output_dtype=None):
+    return jnp.max(x, axes(x, dims) if dims is None else tuple(dims))
+
+
+@lowers(prims.amin.default)
+def amin(x, dims=None, *, output_dtype=None):
+    return jnp.min(x, axes(x, dims) if dims is None else tuple(dims))
+
+
+@lowers(prims.normal.default, random=True)
+def normal(shape, *, mean, std, dtype, requires_grad=False, generator=None, key):
+    kind = to_jax(dtype)
+    return _normal(key, shape, kind) * jnp.asarray(std, kind) + jnp.asarray(mean, kind)
+
+
+@lowers(prims.uniform.default, random=True)
+def uniform(shape, *, low, high, dtype, stride=None, generator=None, key):
+    kind = to_jax(dtype)
+    drawn = _draw(key, shape, kind).astype(sum_dtype(kind))
+    return (drawn * np.asarray(high - low, drawn.dtype) + np.asarray(low, drawn.dtype)).astype(kind)

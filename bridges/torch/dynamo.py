@@ -1,0 +1,234 @@
+"""`torch.compile(model, backend="kpx")`: graphs that Dynamo captures, forward and backward, compiled by kpx.
+
+AOTAutograd differentiates a graph in PyTorch's own words and hands over two functional ATen graphs; both go through
+the same lowering rules and rewrites as an exported model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch._decomp import core_aten_decompositions, decomposition_table
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kpx.bridges.torch.exported import TENSOR
+from kpx.bridges.torch.interpret import as_jax_function, is_random
+from kpx.bridges.torch.invoke import TensorProgram
+from kpx.bridges.torch.registry import RULES
+from kpx.bridges.torch.shapes import ShapeHistory
+from kpx.bridges.torch.tensors import to_tensor
+from kpx.config import Config, resolve
+from kpx.errors import InputError, UnsupportedError
+from kpx.runtime.jax_internals import compute_in_callers_thread
+from kpx.targets.target import Target
+
+
+class _Program:
+    """A graph compiled for the sizes of its inputs."""
+
+    def __init__(self, function: Callable, needs_key: bool, args: Sequence[Any], target: Target, config: Config):
+        self._tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        self._outputs: list[Any] = []
+        constants = [None if isinstance(a, torch.Tensor) else a for a in args]
+
+        def arrays_only(weights, arrays, key):
+            values = list(constants)
+            for i, array in zip(self._tensors, arrays, strict=True):
+                values[i] = array
+            results = function(values, key)
+            is_array = [isinstance(r, (jax.Array, np.ndarray)) for r in results]
+            self._outputs = [TENSOR if a else r for a, r in zip(is_array, results, strict=True)]
+            return [r for a, r in zip(is_array, results, strict=True) if a]
+
+        inputs = [args[i] for i in self._tensors]
+        self._call = TensorProgram(arrays_only, [], inputs, needs_key, target, config)
+        self._call.model.load([])  # what depends on nothing is computed once
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        left = iter(self._call([args[i].detach() for i in self._tensors]))
+        return [to_tensor(next(left)) if p is TENSOR else p for p in self._outputs]
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    target: Target,
+    config: Config,
+    backward: bool = False,
+) -> Callable[[list[Any]], list[Any]]:
+    """A functional ATen graph as a function of tensors and sizes; each new set of sizes is compiled once.
+
+    Raises:
+        UnsupportedError: an op has no rule.
+    """
+    function = as_jax_function(graph.graph)
+    needs_key = is_random(graph.graph)
+    programs: dict[Any, _Program] = {}
+    # A graph without symbolic sizes is only ever called with those it was captured for: Dynamo guards them.
+    fixed = not any(isinstance(a, (torch.SymInt, torch.SymFloat)) for a in example_inputs)
+    history = ShapeHistory("the graph of torch.compile")
+    layouts = {} if backward else _layouts(graph)
+    symbols = [_symbol(n.meta.get("val")) for n in graph.graph.nodes if n.op == "placeholder"]
+
+    def run(args: list[Any]) -> list[Any]:
+        key = None if fixed else tuple(a.shape if isinstance(a, torch.Tensor) else a for a in args)
+        if (program := programs.get(key)) is None:
+            if not fixed:
+                history.note([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
+            program = programs[key] = _Program(function, needs_key, args, target, config)
+        sizes = {s: a for s, a in zip(symbols, args, strict=True) if s is not None} if layouts and not fixed else {}
+        results = program(args)
+        for i, layout in layouts.items():
+            results[i] = _placed(results[i], *(_number(n, sizes) for n in layout))
+        args.clear()  # the caller gives its inputs up, so that they need not outlive their use
+        return results
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _layouts(graph: torch.fx.GraphModule) -> dict[int, tuple]:
+    """How outputs lie that are not row-major from the start of their memory, as `(offset, *strides)`: those that users
+    see, and those that become views of inputs, for AOTAutograd makes them with the strides and offsets it finds."""
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    nodes = list(graph.graph.output_node().args[0])  # type: ignore[arg-type]
+    seen = nodes if metadata is None else nodes[: metadata.num_forward_returns]
+    values = {i: n.meta.get("val") for i, n in enumerate(seen) if isinstance(n, torch.fx.Node)}
+    return {
+        i: (v.storage_offset(), *v.stride())
+        for i, v in values.items()
+        if isinstance(v, torch.Tensor) and not (_is_zero(v.storage_offset()) and _is_row_major(v))
+    }
+
+
+def _is_zero(number: Any) -> bool:
+    return isinstance(number, int) and number == 0
+
+
+def _is_row_major(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is known to be row-major, without asking what a symbolic size is."""
+    wanted: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not _same(stride, wanted) and not (isinstance(size, int) and size == 1):
+            return False
+        wanted = size * wanted
+    return True
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return _expression(a) == _expression(b)
+
+
+def _expression(number: Any) -> Any:
+    return number.node.expr if isinstance(number, torch.SymInt) else number
+
+
+def _symbol(value: Any) -> Any:
+    expression = _expression(value) if isinstance(value, torch.SymInt) else None
+    return expression if expression is not None and expression.is_Symbol else None
+
+
+def _number(number: Any, sizes: dict[Any, int]) -> int:
+    return int(_expression(number).subs(sizes)) if isinstance(number, torch.SymInt) else number
+
+
+def _placed(tensor: torch.Tensor, offset: int, *stride: int) -> torch.Tensor:
+    """A tensor's values with given strides, at an offset in memory of their own."""
+    size = tensor.shape
+    length = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if tensor.numel() else offset
+    whole = placed = tensor.new_empty(length).as_strided(size, stride, offset)
+    for dim, s in enumerate(stride):  # along an expanded dimension all values are one
+        if s == 0 and size[dim] > 1:
+            tensor, placed = tensor.narrow(dim, 0, 1), placed.narrow(dim, 0, 1)
+    placed.copy_(tensor)
+    return whole
+
+
+@functools.cache
+def decompositions() -> dict:
+    """PyTorch's decompositions, less the ops that have a rule."""
+    table = {**decomposition_table, **core_aten_decompositions()}
+    # Constants are lifted before they are fake: decomposed, those ops would meet real tensors.
+    kept = {*RULES, torch.ops.aten.lift.default, torch.ops.aten.lift_fresh.default}
+    return {op: f for op, f in table.items() if op not in kept}
+
+
+def compilers(target: Target, config: Config) -> dict[str, Any]:
+    """What AOTAutograd is told: compilers of the two graphs, how to cut them, what to decompose."""
+    compiler = functools.partial(compile_graph, target=target, config=config)
+    return {
+        "fw_compiler": compiler,
+        "bw_compiler": functools.partial(compiler, backward=True),
+        "inference_compiler": compiler,
+        "partition_fn": min_cut_rematerialization_partition,
+        "decompositions": decompositions(),
+    }
+
+
+def differentiable(function: Callable, config: Config | None = None) -> Callable:
+    """A function of tensors whose forward and backward passes are compiled by kpx, at its first call's shapes.
+
+    Without Dynamo: the function's Python runs once, and must not depend on the tensors' values.
+    """
+    compiled = aot_function(function, **compilers(_target(), training(config)))
+
+    def call(*tensors):
+        # Constants that the function makes are tensors like others.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with tracing(TracingContext(mode)):
+            return compiled(*tensors)
+
+    return call
+
+
+def _target() -> Target:
+    compute_in_callers_thread()
+    return Target.resolve("cpu")
+
+
+def training(config: Config | None) -> Config:
+    """Weights are inputs like others, and nothing is prepared: they change at every step."""
+    return dataclasses.replace(resolve(config), prepare=False)
+
+
+def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: dict | None = None, **rest: Any):
+    """The backend that `torch.compile(model, backend="kpx")` finds by entry point.
+
+    Args:
+        options: `{"config": kpx.Config(...)}`, as `torch.compile(..., options=...)` passes it.
+
+    Raises:
+        InputError: an option is unknown.
+        UnsupportedError: an op of the graph has no lowering rule, or a tensor is not on the CPU.
+    """
+    unknown = sorted({*(options or {}), *rest} - {"config", "mode"})
+    if unknown:
+        raise InputError(
+            f"backend='kpx' was given {', '.join(map(repr, unknown))}. It takes `options={{'config': ...}}`."
+        )
+    return compile_with(graph, example_inputs, target=_target(), config=training((options or {}).get("config")))
+
+
+def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, target: Target, config: Config):
+    """A graph of Dynamo's as a callable, differentiable where its inputs are."""
+    for tensor in example_inputs:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+            raise UnsupportedError(
+                f"A tensor on {tensor.device} was given, and kpx compiles for the CPU here. Move the model: "
+                "`model.cpu()`."
+            )
+    return aot_autograd(**compilers(target, config))(graph, example_inputs)

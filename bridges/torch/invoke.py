@@ -1,0 +1,136 @@
+"""Running compiled programs on tensors: state comes back into the module, keys advance, checks are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import torch
+
+from kpx.bridges.torch import checks
+from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.exported import TENSOR, ExportedFunction
+from kpx.bridges.torch.tensors import LiveWeights, canonical, to_array, to_tensor
+from kpx.config import Config
+from kpx.runtime.build import ModelProgram
+from kpx.targets.target import Target
+
+_KEY = jax.ShapeDtypeStruct((4,), np.uint32)
+
+
+def struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+    """A tensor's shape and dtype as JAX's."""
+    return jax.ShapeDtypeStruct(tuple(tensor.shape), to_jax(tensor.dtype))
+
+
+def _wrap_key(bits: jax.Array) -> jax.Array:
+    """A JAX key of four 32-bit words. Its generator (Philox) is the fastest that XLA has on the CPU."""
+    return jax.random.wrap_key_data(bits, impl="rbg")
+
+
+def _draw_key(device: jax.Device) -> jax.Array:
+    """Four words drawn from PyTorch's default generator, so that `torch.manual_seed` decides them."""
+    return to_array(torch.empty(4, dtype=torch.int32).random_(-(2**31), 2**31).view(torch.uint32), device)
+
+
+class TensorProgram:
+    """`function(weights, arrays, key) -> arrays`, compiled, as a function of tensors."""
+
+    def __init__(
+        self,
+        function: Callable,
+        weights: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        needs_key: bool,
+        target: Target,
+        config: Config,
+    ):
+        """Compiles for weights and inputs like those given.
+
+        Raises:
+            UnsupportedError: a rule does not take this case.
+            CompileError: the target's compiler refused the module.
+        """
+        self._device = target.device
+        self._needs_key = needs_key
+        self._messages: list[tuple[str, str]] = []
+        count = len(inputs)
+
+        def with_checks(weights, arrays):
+            found = checks.Checks()
+            with checks.collecting(found):
+                results = function(weights, arrays[:count], _wrap_key(arrays[count]) if needs_key else None)
+            self._messages = found.messages
+            return [*results, *found.outputs()]
+
+        structs = [struct(t) for t in inputs] + [_KEY] * needs_key
+        self.model = ModelProgram(with_checks, [struct(t) for t in weights], structs, target, config, x64=True)
+        self._is_plain = not (needs_key or self._messages)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[jax.Array]:
+        """The results for tensors that carry no gradient.
+
+        Raises:
+            IndexError: an index is out of range.
+            LinAlgError: a matrix is singular, or not positive-definite.
+        """
+        device = self._device
+        arrays = [to_array(t, device) for t in tensors]
+        if self._needs_key:
+            arrays.append(_draw_key(device))
+        try:
+            results = self.model.run(*arrays)
+        except ValueError:  # a dimension of size 1 with a stride of its own reads as another layout
+            arrays[: len(tensors)] = [to_array(canonical(t), device) for t in tensors]
+            results = self.model.run(*arrays)
+        if self._is_plain:
+            return results
+        if self._messages:
+            checks.raise_failed(np.asarray(results.pop()), self._messages)
+        return results
+
+
+class Invocation:
+    """An exported function, compiled: what the model writes is written back after each call."""
+
+    def __init__(
+        self,
+        function: ExportedFunction,
+        weights: Sequence[torch.Tensor],
+        state: LiveWeights,
+        inputs: Sequence[torch.Tensor],
+        target: Target,
+        config: Config,
+    ):
+        """Compiles for weights and inputs like those given (see `TensorProgram`)."""
+        self._state = state
+        self._changed = function.changed
+        self._is_pure = not (function.state or function.changed)
+        count = len(inputs)
+
+        def flat(weights, arrays, key):
+            results = function(weights, arrays[count:], arrays[:count], key)
+            outputs = [r for r, p in zip(results.outputs, function.outputs, strict=True) if p is TENSOR]
+            return [*outputs, *results.state, *results.changed_inputs]
+
+        given = [*inputs, *state.tensors()]
+        self._call = TensorProgram(flat, weights, given, function.is_random, target, config)
+        self._outputs = function.outputs.count(TENSOR)
+        self.program = self._call.model
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The output tensors; what the model writes has been written.
+
+        Raises:
+            IndexError, LinAlgError: see `TensorProgram`; nothing was written then.
+        """
+        if self._is_pure:
+            return list(map(to_tensor, self._call(inputs)))
+        held = self._state.tensors()
+        results = self._call([*inputs, *(t.detach() for t in held)])
+        targets = [*held, *(inputs[p] for p in self._changed)]
+        with torch.no_grad():
+            for tensor, new in zip(targets, results[self._outputs :], strict=True):
+                tensor.copy_(to_tensor(new))
+        return [to_tensor(a) for a in results[: self._outputs]]

@@ -1,0 +1,143 @@
+"""Samples of lowering rules that neither a family's common cases nor PyTorch's op database reach."""
+
+import torch
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def _t(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype)
+    return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+
+
+X, Y, V = _t(3, 4), _t(3, 4, seed=1), _t(4, seed=2)
+POSITIVE, UNIT = X.abs() + 0.1, X.tanh() * 0.9
+N, B = _t(3, 4, dtype=torch.int64), _t(3, 4) > 0
+IMAGE = _t(2, 4, 9, 8)
+Z = torch.complex(X, Y)
+NEAREST = ("upsample_nearest", "_upsample_nearest_exact")
+POLYNOMIALS = [
+    *(f"{shifted}chebyshev_polynomial_{letter}" for shifted in ("", "shifted_") for letter in "tuvw"),
+    "hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p",
+]  # fmt: skip
+FLOAT_PRIMS = [
+    "abs", "acos", "asin", "asinh", "atan", "atanh", "cos", "cosh", "ceil", "erf", "erfc", "exp", "exp2", "expm1", "floor",
+    "log", "log1p", "log2", "log10", "neg", "reciprocal", "rsqrt", "sign", "sin", "sinh", "sqrt", "cbrt", "tan", "tanh",
+    "trunc", "round",
+]  # fmt: skip
+PAIR_PRIMS = [
+    "add", "sub", "mul", "div", "fmod", "remainder", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "atan2",
+    "fmax", "fmin", "hypot", "nextafter",
+]  # fmt: skip
+
+# Overload -> argument tuples, or (arguments, keywords).
+MORE = {
+    aten._is_all_true.default: [(B,), (B | True,)],
+    aten._is_any_true.default: [(B,), (B & False,)],
+    aten.max_pool1d.default: [(IMAGE[0], 2), (IMAGE[0], 3, 2, 1)],
+    aten.max_pool3d.default: [(IMAGE[None], 2, 2)],
+    aten.median.dim: [(X, 1), (N, 0, True), (torch.tensor([[1.0, float("nan"), 2.0]]), 1)],
+    aten._int_mm.default: [(torch.ones(4, 8, dtype=torch.int8), torch.full((8, 8), 3, dtype=torch.int8))],
+    aten._cholesky_solve_helper.default: [(X, torch.eye(3) * 2, False)],
+    aten._conj_copy.default: [(Z,)],
+    aten.conj_physical.default: [(Z,)],
+    aten._linalg_eigvals.default: [(torch.diag(V),)],
+    aten.view.dtype: [(X, torch.int32), (X, torch.float64), (N, torch.int16), (B, torch.uint8), (Z, torch.float32), (X, torch.complex64)],
+    aten.view_as_complex_copy.default: [(_t(3, 2),)],
+    aten.view_as_real_copy.default: [(Z,)],
+    aten.copysign.Scalar: [(X, -1.0), (N, 2)],
+    aten.true_divide.Scalar: [(X, 3), (N, 2)],
+    aten.bucketize.Scalar: [(0.5, V.sort().values)],
+    aten.searchsorted.Scalar: [(V.sort().values, 0.5)],
+    aten.sort.stable: [((N,), {"stable": True, "dim": 0}), ((X,), {"stable": True, "descending": True})],
+    aten.scatter.value_reduce: [((X, 0, N[:2].abs() % 3, 2.0), {"reduce": "multiply"})],
+    aten.repeat_interleave.Tensor: [((torch.tensor([1, 2, 0]),), {"output_size": 3})],
+    aten.replication_pad3d_backward.default: [(_t(1, 1, 4, 4, 4), _t(1, 1, 3, 3, 2), [1, 1, 0, 1, 1, 0])],
+    aten._upsample_bicubic2d_aa.default: [(IMAGE, [5, 4], False)],
+    aten._upsample_bicubic2d_aa_backward.default: [(IMAGE[..., :5, :4], [5, 4], [2, 4, 9, 8], False)],
+    aten._upsample_lanczos2d_aa.default: [(IMAGE, [5, 4], False)],
+    aten._upsample_lanczos2d_aa_backward.default: [(IMAGE[..., :5, :4], [5, 4], [2, 4, 9, 8], False)],
+    **{getattr(aten, f"{n}1d_backward").default: [(IMAGE[0], [8], [4, 9, 3])] for n in NEAREST},
+    **{getattr(aten, f"{n}2d_backward").default: [(IMAGE, [9, 8], [2, 4, 4, 3])] for n in NEAREST},
+    **{getattr(aten, f"{n}3d_backward").default: [(IMAGE[None], [4, 9, 8], [1, 2, 2, 4, 3])] for n in NEAREST},
+    aten.upsample_linear1d.default: [(IMAGE[0], [5], False), (IMAGE[0], [13], True)],
+    aten.upsample_linear1d_backward.default: [(IMAGE[0], [8], [4, 9, 3], False)],
+    aten.upsample_bilinear2d.default: [(IMAGE, [5, 12], False), (IMAGE, [5, 12], True), (IMAGE, [18, 12], False, 2.0, 1.5)],
+    aten.upsample_bilinear2d_backward.default: [(IMAGE, [9, 8], [2, 4, 4, 3], False), (IMAGE, [9, 8], [2, 4, 4, 3], True)],
+    aten.upsample_trilinear3d.default: [(IMAGE[None], [5, 4, 12], False)],
+    aten.upsample_trilinear3d_backward.default: [(IMAGE[None], [4, 9, 8], [1, 2, 2, 4, 3], False)],
+    aten.upsample_bicubic2d.default: [(IMAGE, [5, 12], False), (IMAGE, [18, 12], True)],
+    aten.upsample_bicubic2d_backward.default: [(IMAGE, [9, 8], [2, 4, 4, 3], False)],
+    aten._embedding_bag_dense_backward.default: [
+        (Y, torch.tensor([0, 2, 1]), torch.tensor([0, 0, 2]), torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1]), 5, False, mode, None)
+        for mode in (0, 1)
+    ],
+    aten._weight_norm_interface_backward.default: [(X, Y, POSITIVE[:, :1].contiguous(), Y.norm(2, 1, keepdim=True), 0)],
+    **{getattr(aten, f"special_{n}").x_scalar: [(0.5, N.abs())] for n in POLYNOMIALS},
+    **{getattr(aten, f"special_{n}").n_scalar: [(UNIT, 3), (UNIT, 0), (UNIT, -1)] for n in POLYNOMIALS},
+    **{getattr(prims, n).default: [(POSITIVE * 0.2,)] for n in FLOAT_PRIMS},
+    prims.acosh.default: [(POSITIVE + 1,)],
+    **{getattr(prims, n).default: [(X, POSITIVE)] for n in PAIR_PRIMS},
+    prims.pow.default: [(POSITIVE, Y)],
+    **{getattr(prims, f"bitwise_{n}").default: [(N, N + 1)] for n in ("and", "or", "xor")},
+    prims.bitwise_not.default: [(N,)],
+    prims.gcd.default: [(N, N + 6)],
+    **{getattr(prims, f"shift_{n}").default: [(N, N.abs())] for n in ("left", "right_arithmetic")},
+    prims.conj_physical.default: [(Z,)],
+    prims.convert_element_type.default: [(X, torch.bfloat16), (X * 3, torch.int8), (Z, torch.bool)],
+    aten.true_divide.Tensor: [(X, Y), (N, N)],
+    prims.isfinite.default: [(torch.tensor([1.0, float("inf"), float("nan")]),)],
+    prims.clone.default: [(X,)],
+    prims.where.default: [(B, X, Y)],
+    prims.prod.default: [(X, [1])],
+    prims.amax.default: [(X, [0])],
+    prims.amin.default: [(X, [0, 1])],
+    prims.as_strided_scatter.default: [(X, Y[:2, :2].clone(), [2, 2], [4, 1], 1)],
+    prims.iota.default: [((5,), {"start": 1, "step": 2, "dtype": torch.int64, "device": "cpu", "requires_grad": False})],
+    prims.device_put.default: [(X, torch.device("cpu"))],
+}  # fmt: skip
+
+# Rules with no eager CPU kernel to compare with, or whose result is no tensor: other tests run them.
+ELSEWHERE = {
+    aten.bmm.dtype, aten.mm.dtype, aten.equal.default, aten.sym_storage_offset.default, aten.sym_numel.default,
+    aten.sym_size.int, aten.sym_stride.int, aten._local_scalar_dense.default, aten._assert_scalar.default,
+    aten._assert_async.msg, aten._functional_assert_async.msg, aten._make_dep_token.default,
+    aten.fractional_max_pool2d_backward.default, aten.fractional_max_pool3d_backward.default,
+}  # fmt: skip
+
+# Overload -> arguments, keywords, and the mean of what is drawn.
+_F32 = {"dtype": torch.float32, "device": "cpu"}
+DRAWS = {
+    **{op: (([2000],), {}, 0.5) for op in (aten.rand.default, aten.rand.generator)},
+    aten.rand_like.default: ((torch.zeros(2000),), {}, 0.5),
+    aten.uniform.default: ((torch.zeros(2000), 1.0, 3.0), {}, 2.0),
+    **{op: (([2000],), {}, 0.0) for op in (aten.randn.default, aten.randn.generator)},
+    aten.randn_like.default: ((torch.zeros(2000),), {}, 0.0),
+    aten.normal_functional.default: ((torch.zeros(2000), 2.0, 0.5), {}, 2.0),
+    aten.normal.Tensor_float: ((torch.full((2000,), 2.0), 0.5), {}, 2.0),
+    aten.normal.float_Tensor: ((2.0, torch.full((2000,), 0.5)), {}, 2.0),
+    aten.normal.Tensor_Tensor: ((torch.full((2000,), 2.0), torch.full((2000,), 0.5)), {}, 2.0),
+    aten.normal.float_float: ((2.0, 0.5, [2000]), {}, 2.0),
+    **{op: ((5, [2000]), {}, 2.0) for op in (aten.randint.default, aten.randint.generator)},
+    **{op: ((2, 5, [2000]), {}, 3.0) for op in (aten.randint.low, aten.randint.low_generator)},
+    aten.randint_like.default: ((torch.zeros(2000), 5), {}, 2.0),
+    aten.randint_like.Tensor: ((torch.zeros(2000), torch.tensor(5)), {}, 2.0),
+    aten.randint_like.low_dtype: ((torch.zeros(2000), 2, 5), {}, 3.0),
+    **{op: ((2001,), {}, 1000.0) for op in (aten.randperm.default, aten.randperm.generator)},
+    aten.bernoulli.default: ((torch.full((2000,), 0.3),), {}, 0.3),
+    aten.bernoulli.p: ((torch.zeros(2000), 0.3), {}, 0.3),
+    aten.bernoulli.Tensor: ((torch.zeros(2000), torch.full((2000,), 0.3)), {}, 0.3),
+    aten.geometric.default: ((torch.zeros(2000), 0.5), {}, 2.0),
+    aten.multinomial.default: ((torch.tensor([0.0, 1.0, 1.0]), 2000, True), {}, 1.5),
+    aten.poisson.default: ((torch.full((2000,), 3.0),), {}, 3.0),
+    aten._standard_gamma.default: ((torch.full((2000,), 2.0),), {}, 2.0),
+    aten._sample_dirichlet.default: ((torch.ones(500, 4),), {}, 0.25),
+    aten.native_dropout.default: ((torch.ones(2000), 0.25, True), {}, 1.0),
+    aten.dropout.default: ((torch.ones(2000), 0.25, True), {}, 1.0),
+    aten.rrelu_with_noise_functional.default: ((-torch.ones(2000), torch.zeros(2000), 0.1, 0.3, True), {}, -0.2),
+    aten.scaled_dot_product_attention.default: ((*[torch.ones(40, 2, 4, 8)] * 3, None, 0.25), {}, 1.0),
+    prims.normal.default: (([2000],), {"mean": 2.0, "std": 0.5, "requires_grad": False, **_F32}, 2.0),
+    prims.uniform.default: (([2000],), {"low": 1.0, "high": 3.0, "stride": [1], **_F32}, 2.0),
+}
