@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kpx.bridges.torch.exported import TENSOR
 from kpx.bridges.torch.interpret import as_jax_function, is_random
 from kpx.bridges.torch.invoke import TensorProgram
+from kpx.bridges.torch.outputs import Outputs
 from kpx.bridges.torch.registry import RULES
 from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.bridges.torch.tensors import to_tensor
@@ -72,14 +73,13 @@ def compile_graph(
     Raises:
         UnsupportedError: an op has no rule.
     """
-    function = as_jax_function(graph.graph)
-    needs_key = is_random(graph.graph)
+    outputs = Outputs(graph, backward)
+    function = as_jax_function(outputs.graph)
+    needs_key = is_random(outputs.graph)
     programs: dict[Any, _Program] = {}
     # A graph without symbolic sizes is only ever called with those it was captured for: Dynamo guards them.
     fixed = not any(isinstance(a, (torch.SymInt, torch.SymFloat)) for a in example_inputs)
     history = ShapeHistory("the graph of torch.compile")
-    layouts = {} if backward else _layouts(graph)
-    symbols = [_symbol(n.meta.get("val")) for n in graph.graph.nodes if n.op == "placeholder"]
 
     def run(args: list[Any]) -> list[Any]:
         key = None if fixed else tuple(a.shape if isinstance(a, torch.Tensor) else a for a in args)
@@ -87,75 +87,12 @@ def compile_graph(
             if not fixed:
                 history.note([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
             program = programs[key] = _Program(function, needs_key, args, target, config)
-        sizes = {s: a for s, a in zip(symbols, args, strict=True) if s is not None} if layouts and not fixed else {}
-        results = program(args)
-        for i, layout in layouts.items():
-            results[i] = _placed(results[i], *(_number(n, sizes) for n in layout))
+        results = outputs.take(args, program(args))
         args.clear()  # the caller gives its inputs up, so that they need not outlive their use
         return results
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
-
-
-def _layouts(graph: torch.fx.GraphModule) -> dict[int, tuple]:
-    """How outputs lie that are not row-major from the start of their memory, as `(offset, *strides)`: those that users
-    see, and those that become views of inputs, for AOTAutograd makes them with the strides and offsets it finds."""
-    context = TracingContext.try_get()
-    metadata = None if context is None else context.fw_metadata
-    nodes = list(graph.graph.output_node().args[0])  # type: ignore[arg-type]
-    seen = nodes if metadata is None else nodes[: metadata.num_forward_returns]
-    values = {i: n.meta.get("val") for i, n in enumerate(seen) if isinstance(n, torch.fx.Node)}
-    return {
-        i: (v.storage_offset(), *v.stride())
-        for i, v in values.items()
-        if isinstance(v, torch.Tensor) and not (_is_zero(v.storage_offset()) and _is_row_major(v))
-    }
-
-
-def _is_zero(number: Any) -> bool:
-    return isinstance(number, int) and number == 0
-
-
-def _is_row_major(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is known to be row-major, without asking what a symbolic size is."""
-    wanted: Any = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not _same(stride, wanted) and not (isinstance(size, int) and size == 1):
-            return False
-        wanted = size * wanted
-    return True
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return _expression(a) == _expression(b)
-
-
-def _expression(number: Any) -> Any:
-    return number.node.expr if isinstance(number, torch.SymInt) else number
-
-
-def _symbol(value: Any) -> Any:
-    expression = _expression(value) if isinstance(value, torch.SymInt) else None
-    return expression if expression is not None and expression.is_Symbol else None
-
-
-def _number(number: Any, sizes: dict[Any, int]) -> int:
-    return int(_expression(number).subs(sizes)) if isinstance(number, torch.SymInt) else number
-
-
-def _placed(tensor: torch.Tensor, offset: int, *stride: int) -> torch.Tensor:
-    """A tensor's values with given strides, at an offset in memory of their own."""
-    size = tensor.shape
-    length = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if tensor.numel() else offset
-    whole = placed = tensor.new_empty(length).as_strided(size, stride, offset)
-    for dim, s in enumerate(stride):  # along an expanded dimension all values are one
-        if s == 0 and size[dim] > 1:
-            tensor, placed = tensor.narrow(dim, 0, 1), placed.narrow(dim, 0, 1)
-    placed.copy_(tensor)
-    return whole
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -34,6 +35,15 @@ def _draw_key(device: jax.Device) -> jax.Array:
     return to_array(torch.empty(4, dtype=torch.int32).random_(-(2**31), 2**31).view(torch.uint32), device)
 
 
+def _dense_order(tensor: torch.Tensor) -> list[int] | None:
+    """The order of dimensions in which a tensor lies densely in memory (a transposed weight, a channels_last image), or
+    None where that is its own order, or it does not lie densely: then it is copied at each call."""
+    if tensor.is_contiguous():
+        return None
+    order = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
 class TensorProgram:
     """`function(weights, arrays, key) -> arrays`, compiled, as a function of tensors."""
 
@@ -56,15 +66,19 @@ class TensorProgram:
         self._needs_key = needs_key
         self._messages: list[tuple[str, str]] = []
         count = len(inputs)
+        self._orders = [_dense_order(t) for t in inputs]
+        self._is_row_major = not any(self._orders)
+        back = [None if o is None else tuple(np.argsort(o)) for o in self._orders]
 
         def with_checks(weights, arrays):
             found = checks.Checks()
+            given = [a if b is None else jnp.transpose(a, b) for a, b in zip(arrays[:count], back, strict=True)]
             with checks.collecting(found):
-                results = function(weights, arrays[:count], _wrap_key(arrays[count]) if needs_key else None)
+                results = function(weights, given, _wrap_key(arrays[count]) if needs_key else None)
             self._messages = found.messages
             return [*results, *found.outputs()]
 
-        structs = [struct(t) for t in inputs] + [_KEY] * needs_key
+        structs = [struct(t) for t in self._ordered(inputs)] + [_KEY] * needs_key
         self.model = ModelProgram(with_checks, [struct(t) for t in weights], structs, target, config, x64=True)
         self._is_plain = not (needs_key or self._messages)
 
@@ -76,6 +90,8 @@ class TensorProgram:
             LinAlgError: a matrix is singular, or not positive-definite.
         """
         device = self._device
+        if not self._is_row_major:
+            tensors = self._ordered(tensors)
         arrays = [to_array(t, device) for t in tensors]
         if self._needs_key:
             arrays.append(_draw_key(device))
@@ -89,6 +105,10 @@ class TensorProgram:
         if self._messages:
             checks.raise_failed(np.asarray(results.pop()), self._messages)
         return results
+
+    def _ordered(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors with their dimensions in the order in which they lie in memory."""
+        return [t if o is None else t.permute(o) for t, o in zip(tensors, self._orders, strict=True)]
 
 
 class Invocation:
