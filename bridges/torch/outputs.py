@@ -107,7 +107,7 @@ def _replays(base: torch.fx.Node, steps: list[torch.fx.Node]) -> bool:
     try:
         for node in steps:
             value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         return False
     return True
 

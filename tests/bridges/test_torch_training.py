@@ -92,6 +92,24 @@ def test_convolution_norm_pooling_attention_and_embedding_have_pytorchs_gradient
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_attention_over_transposed_heads_has_pytorchs_gradients(causal):
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            q, k, v = (a.unflatten(-1, (4, 4)).transpose(1, 2) for a in self.qkv(x).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    eager, model = _models(Heads)
+    _step(eager, eager, _x(2, 6, 16))
+    _step(kpx.optimize(model, training=True), model, _x(2, 6, 16))
+    _same_gradients(eager, model)
+
+
 def test_an_input_gets_its_gradient_too():
     eager, model = _models()
     a, b = _x(4, 8).requires_grad_(), _x(4, 8).requires_grad_()
