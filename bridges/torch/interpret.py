@@ -103,7 +103,11 @@ def _listed(paths: list[str], most: int = 5) -> str:
 
 def is_random(graph: torch.fx.Graph) -> bool:
     """Whether a graph draws random numbers, so that it needs a key."""
-    return any(node.target in RANDOM for g in _graphs(graph) for node in g.nodes)
+    return any(_draws(node) for g in _graphs(graph) for node in g.nodes)
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    return node.target in RANDOM and RANDOM[node.target](*node.args, **node.kwargs)
 
 
 def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
@@ -131,8 +135,9 @@ def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 if node.target in RANDOM:
-                    kwargs = kwargs | {"key": jax.random.fold_in(key, drawn)}
-                    drawn += 1
+                    draws = _draws(node)
+                    kwargs = kwargs | {"key": jax.random.fold_in(key, drawn) if draws else None}
+                    drawn += draws
                 env[node] = _call(node, args, kwargs)
             elif node.op == "output":
                 return list(torch.fx.node.map_arg(node.args[0], env.__getitem__))

@@ -8,11 +8,15 @@ from typing import Any
 from kpx.errors import KpxError
 
 RULES: dict[Any, Callable] = {}
-# Ops whose rule draws random numbers: it takes a JAX key as `key=`.
-RANDOM: set[Any] = set()
+# Ops whose rule takes a JAX key as `key=`, and when: a function of the op's own arguments.
+RANDOM: dict[Any, Callable[..., bool]] = {}
 
 
-def lowers(*overloads, random: bool = False) -> Callable[[Callable], Callable]:
+def _always(*args, **kwargs) -> bool:
+    return True
+
+
+def lowers(*overloads, random: bool | Callable[..., bool] = False) -> Callable[[Callable], Callable]:
     """Registers a pure JAX function as the lowering of exact ATen overloads.
 
     The function takes the overload's own arguments, tensors as JAX arrays, and gives an array or a
@@ -22,7 +26,8 @@ def lowers(*overloads, random: bool = False) -> Callable[[Callable], Callable]:
         def tanh(x): return jnp.tanh(x)
 
     Args:
-        random: the op draws random numbers; the function then takes `key=`, a JAX key of its own at each call.
+        random: the op draws random numbers; the function then takes `key=`, a JAX key of its own at each call. A
+            function of the op's arguments tells when it draws (dropout in training alone); else `key` is None.
 
     Raises:
         KpxError: an overload has a rule already.
@@ -37,7 +42,7 @@ def lowers(*overloads, random: bool = False) -> Callable[[Callable], Callable]:
                 )
             RULES[overload] = function
             if random:
-                RANDOM.add(overload)
+                RANDOM[overload] = _always if random is True else random
         return function
 
     return register

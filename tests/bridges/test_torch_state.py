@@ -94,6 +94,20 @@ def test_every_call_draws_anew():
     assert not torch.equal(model(torch.ones(64)), model(torch.ones(64)))
 
 
+def test_a_model_that_draws_nothing_leaves_pytorchs_generator_alone():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            y = torch.nn.functional.dropout(q, 0.5, training=False)
+            return torch.nn.functional.scaled_dot_product_attention(y, y, y)
+
+    model, q = kpx.optimize(Model()), torch.randn(1, 2, 4, 8)
+    torch.manual_seed(0)
+    model(q)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))
+
+
 def test_manual_seed_decides_what_is_drawn():
     model = kpx.optimize(torch.nn.Dropout(0.5).train())
     torch.manual_seed(7)

@@ -204,7 +204,11 @@ def sample_dirichlet(alpha, generator=None, *, key):
 # Dropout ---------------------------------------------------------------------------------------
 
 
-@lowers(aten.native_dropout.default, random=True)
+def _drops(x, p, train):
+    return bool(p) and train is not False
+
+
+@lowers(aten.native_dropout.default, random=_drops)
 def native_dropout(x, p, train, *, key):
     if train is False or p == 0:
         return x, jnp.ones(x.shape, bool)
@@ -214,7 +218,7 @@ def native_dropout(x, p, train, *, key):
     return jnp.where(kept, x * jnp.asarray(1 / (1 - p), x.dtype), 0).astype(x.dtype), kept
 
 
-@lowers(aten.dropout.default, random=True)
+@lowers(aten.dropout.default, random=_drops)
 def dropout(x, p, train, *, key):
     return native_dropout(x, p, train, key=key)[0]
 
@@ -229,7 +233,11 @@ def rrelu(x, noise, lower=0.125, upper=1 / 3, training=False, generator=None, *,
     return x * slope, slope
 
 
-@lowers(aten.scaled_dot_product_attention.default, random=True)
+def _drops_weights(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    return dropout_p > 0
+
+
+@lowers(aten.scaled_dot_product_attention.default, random=_drops_weights)
 def scaled_dot_product_attention(
     query, key_, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False, key
 ):
