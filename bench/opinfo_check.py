@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -277,6 +279,13 @@ def samples_of(op: Any, dtype: torch.dtype, limit: int | None, *, gradients: boo
     return kept
 
 
+def without_paths(text: str) -> str:
+    """A message without the folders of this machine."""
+    for folder in (os.path.dirname(os.path.dirname(torch.__file__)), sys.prefix, os.getcwd()):
+        text = text.replace(folder + os.sep, "")
+    return text
+
+
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
 
@@ -341,7 +350,7 @@ def _settle(op: Any, name: str, samples: list[Any], tally: Tally, run_chunk: Cal
     except Exception as error:  # any error counts: refusals as unsupported, others as wrong
         if len(samples) == 1:
             kind = tally.unsupported if isinstance(error, REFUSALS) else tally.wrong
-            kind.append(f"{type(error).__name__}: {error}"[:1500])
+            kind.append(f"{type(error).__name__}: {without_paths(str(error))}"[:1500])
             return
     middle = len(samples) // 2
     _settle(op, name, samples[:middle], tally, run_chunk)

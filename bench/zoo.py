@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bench.opinfo_check import without_paths
 from bench.zoo_models import FAMILIES, TRAINED, build, family_of
 
 # Relative to the largest value of an output or gradient, in f32.
@@ -96,7 +97,7 @@ def check(name: str, training: bool) -> dict[str, Any]:
         try:
             found[part] = run(name)
         except Exception as error:  # whatever it is, it is this architecture's verdict
-            found[part] = {"verdict": "failed", "reason": f"{type(error).__name__}: {str(error)[:1200]}"}
+            found[part] = {"verdict": "failed", "reason": f"{type(error).__name__}: {without_paths(str(error))[:1200]}"}
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
-from kpx.bridges.torch.registry import RANDOM, RULES
+from kpx.bridges.torch.registry import CURRENT, RANDOM, RULES
 from kpx.errors import KpxError, UnsupportedError
 
 # Ops that check what capturing has already fixed: sizes, dtypes, devices.
@@ -193,6 +193,7 @@ def _call(node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
 def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
     with jax.named_scope(module_path(node).replace(".", "/") or "model"):
         checks.at(f"`{op}` in {_place(node)}")
+        CURRENT.set(node)
         try:
             return RULES[op](*args, **_without_defaults(kwargs))
         except KpxError as error:

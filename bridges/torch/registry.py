@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from kpx.errors import KpxError
@@ -10,6 +11,17 @@ from kpx.errors import KpxError
 RULES: dict[Any, Callable] = {}
 # Ops whose rule takes a JAX key as `key=`, and when: a function of the op's own arguments.
 RANDOM: dict[Any, Callable[..., bool]] = {}
+
+
+# The node of the captured graph whose rule is being run: a few rules depend on how an operand lay in memory.
+CURRENT: ContextVar[Any] = ContextVar("kpx_node", default=None)
+
+
+def was_contiguous(position: int) -> bool:
+    """Whether an operand of the current op was row-major when it was captured."""
+    node = CURRENT.get()
+    value = node.args[position].meta.get("val") if node is not None else None
+    return value is None or value.is_contiguous()
 
 
 def _always(*args, **kwargs) -> bool:

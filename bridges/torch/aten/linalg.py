@@ -12,7 +12,7 @@ import torch
 from jax.lax import linalg as lax_linalg
 
 from kpx.bridges.torch import checks
-from kpx.bridges.torch.registry import lowers
+from kpx.bridges.torch.registry import lowers, was_contiguous
 
 aten = torch.ops.aten
 
@@ -198,16 +198,22 @@ def _sign_of(pivots, dtype):
     return jnp.where(swaps % 2 == 1, -1, 1).astype(dtype)
 
 
+def _lu_as_pytorch_keeps_it(x):
+    """PyTorch factors the transpose of a real row-major matrix, to save a copy, and its gradients expect just that."""
+    turned = not jnp.issubdtype(x.dtype, jnp.complexfloating) and was_contiguous(0)
+    return _lu(jnp.swapaxes(x, -1, -2) if turned else x)
+
+
 @lowers(aten._linalg_det.default)
 def det(x):
-    factors, pivots, _ = _lu(x)
+    factors, pivots, _ = _lu_as_pytorch_keeps_it(x)
     diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
     return jnp.prod(diagonal, -1) * _sign_of(pivots, x.dtype), factors, pivots
 
 
 @lowers(aten._linalg_slogdet.default)
 def slogdet(x):
-    factors, pivots, _ = _lu(x)
+    factors, pivots, _ = _lu_as_pytorch_keeps_it(x)
     diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
     size = jnp.abs(diagonal)
     sign = jnp.prod(jnp.where(size == 0, 0, diagonal / jnp.where(size == 0, 1, size)), -1)

@@ -163,12 +163,13 @@ def cumsum(x, dim, *, dtype=None):
 def vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
     x = x if dtype is None else x.astype(to_jax(dtype))
     over = axes(x, dim)
+    x = jnp.abs(x)
     if ord == 2:
-        return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), over, keepdims=keepdim))
+        return jnp.sqrt(jnp.sum(jnp.square(x), over, keepdims=keepdim))
     if ord == float("inf"):
-        return jnp.max(jnp.abs(x), over, keepdims=keepdim)
+        return jnp.max(x, over, keepdims=keepdim)
     if ord == -float("inf"):
-        return jnp.min(jnp.abs(x), over, keepdims=keepdim)
+        return jnp.min(x, over, keepdims=keepdim)
     if ord == 0:
         return jnp.sum(x != 0, over, keepdims=keepdim).astype(x.dtype)
-    return jnp.power(jnp.sum(jnp.power(jnp.abs(x), ord), over, keepdims=keepdim), 1 / ord)
+    return jnp.power(jnp.sum(jnp.power(x, ord), over, keepdims=keepdim), 1 / ord)
