@@ -281,7 +281,7 @@ def samples_of(op: Any, dtype: torch.dtype, limit: int | None, *, gradients: boo
 
 def without_paths(text: str) -> str:
     """A message without the folders of this machine."""
-    for folder in (os.path.dirname(os.path.dirname(torch.__file__)), sys.prefix, os.getcwd()):
+    for folder in (os.path.dirname(os.path.dirname(str(torch.__file__))), sys.prefix, os.getcwd()):
         text = text.replace(folder + os.sep, "")
     return text
 
