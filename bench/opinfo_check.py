@@ -306,6 +306,8 @@ class Tally:
     def verdict(self, count: int) -> dict[str, Any]:
         if not count:
             return {"verdict": "left out", "reason": "no sample of it is dense in and out"}
+        if not (self.passed or self.unsupported or self.wrong):
+            return {"verdict": "left out", "reason": "nothing to compare: what it gives is drawn, or has no gradient"}
         kind = "wrong" if self.wrong else "unsupported" if self.unsupported else "pass"
         found = {"verdict": kind, "samples": count, "passed": self.passed}
         if kind != "pass":

@@ -8,7 +8,8 @@ import torch
 
 import kpx
 from bench import opinfo_check
-from kpx.bridges.torch import capture, dtypes
+from kpx.bridges.torch import capture, checks, dtypes
+from kpx.bridges.torch.dynamo import differentiable
 from kpx.bridges.torch.registry import RULES, lowers
 from tests.bridges.opinfo_ops import OPINFO
 from tests.bridges.torch_samples import DRAWS, ELSEWHERE, MORE
@@ -251,6 +252,42 @@ def test_the_op_databases_samples_have_pytorchs_values_and_gradients(name):
         RULES.update(before)
     assert {part: v["verdict"] for part, v in verdicts.items()} == dict.fromkeys(verdicts, "pass"), verdicts
     assert set(OPINFO[name]) <= reached
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_fractional_pooling_has_pytorchs_gradient_for_given_draws(n):
+    x = _t(1, 2, *[7] * n)
+    draws = torch.rand(1, 2, n, generator=torch.Generator().manual_seed(0))
+    pool = getattr(F, f"fractional_max_pool{n}d")
+
+    def function(x, draws):
+        return pool(x, 2, output_size=3, _random_samples=draws)
+
+    def gradient(f):
+        leaf = x.clone().requires_grad_()
+        torch.utils._pytree.tree_leaves(f(leaf, draws))[0].square().sum().backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(differentiable(function)), gradient(function))
+
+
+def test_sizes_are_those_of_a_row_major_array():
+    x = jnp.zeros((2, 3, 4))
+    assert [RULES[aten.sym_size.int](x, d) for d in (0, -1)] == [2, 4]
+    assert [RULES[aten.sym_stride.int](x, d) for d in range(3)] == [12, 4, 1]
+    assert (RULES[aten.sym_numel.default](x), RULES[aten.sym_storage_offset.default](x)) == (24, 0)
+
+
+@pytest.mark.parametrize(
+    "assertion", [aten._assert_async.msg, aten._assert_scalar.default, aten._functional_assert_async.msg]
+)
+def test_an_assertion_asks_for_its_condition(assertion):
+    found = checks.Checks()
+    with checks.collecting(found):
+        for condition in (jnp.asarray(True), jnp.asarray(False)):
+            RULES[assertion](condition, "must hold", *[None] * (assertion is aten._functional_assert_async.msg))
+    assert [bool(f) for f in found.failed] == [False, True]
+    assert all("must hold" in text for _, text in found.messages)
 
 
 def test_every_rule_has_a_sample():

@@ -99,12 +99,12 @@ MORE = {
     prims.device_put.default: [(X, torch.device("cpu"))],
 }  # fmt: skip
 
-# Rules with no eager CPU kernel to compare with, or whose result is no tensor: other tests run them.
+# Rules whose result is no tensor, or a draw's gradient: test_torch_state.py and test_torch_ops.py run them.
 ELSEWHERE = {
-    aten.bmm.dtype, aten.mm.dtype, aten.equal.default, aten.sym_storage_offset.default, aten.sym_numel.default,
-    aten.sym_size.int, aten.sym_stride.int, aten._local_scalar_dense.default, aten._assert_scalar.default,
-    aten._assert_async.msg, aten._functional_assert_async.msg, aten._make_dep_token.default,
-    aten.fractional_max_pool2d_backward.default, aten.fractional_max_pool3d_backward.default,
+    aten.sym_storage_offset.default, aten.sym_numel.default, aten.sym_size.int, aten.sym_stride.int,
+    aten._local_scalar_dense.default, aten._assert_scalar.default, aten._assert_async.msg,
+    aten._functional_assert_async.msg, aten.fractional_max_pool2d_backward.default,
+    aten.fractional_max_pool3d_backward.default,
 }  # fmt: skip
 
 # Overload -> arguments, keywords, and the mean of what is drawn.

@@ -174,11 +174,6 @@ def copysign(x, y):
     return jnp.copysign(x, y)
 
 
-@lowers(aten.equal.default)
-def equal(x, y):
-    return jnp.array_equal(x, y)
-
-
 @lowers(aten.isnan.default)
 def isnan(x):
     return jnp.isnan(x)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from kpx.bridges.torch.aten.common import sizes, sum_dtype
-from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.registry import lowers
 from kpx.kernels import attention, norm
 
@@ -61,11 +60,6 @@ def addbmm(bias, x, y, *, beta=1, alpha=1):
 @lowers(aten._int_mm.default)
 def int_mm(x, y):
     return jnp.matmul(x, y, preferred_element_type=jnp.int32)
-
-
-@lowers(aten.mm.dtype, aten.bmm.dtype)
-def matmul_to(x, y, out_dtype):
-    return jnp.matmul(x, y, preferred_element_type=to_jax(out_dtype))
 
 
 @lowers(aten._trilinear.default)
