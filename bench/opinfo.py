@@ -1,6 +1,9 @@
 """PyTorch's own op database through kpx: which ops pass, which are unsupported, which are wrong.
 
-`python -m bench.opinfo [--json FILE] [--dtype f32 ...] [--samples N] [--no-gradients] [OP ...]`
+`python -m bench.opinfo [--json FILE [--keep]] [--dtype f32 ...] [--samples N] [--no-gradients] [OP ...]`
+
+Every sample takes some hours on two cores: `--json` is written as ops end, and with `--keep` a run of some ops or
+dtypes replaces those in the file and leaves the others.
 
 Every sample input of every op is captured, compiled and run by `kpx.optimize`, many samples in one model; where one of
 them fails, they are halved until it stands alone. A value passes where it is as close to PyTorch's result in double
@@ -15,6 +18,7 @@ import multiprocessing
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -42,8 +46,18 @@ def run_op(name: str, dtypes: tuple[str, ...], limit: int | None, gradients: boo
     return {dtype: check(name, dtype, limit, gradients and dtype == "f32") for dtype in dtypes}
 
 
-def run_all(ops: list[str], dtypes: tuple[str, ...], limit: int | None, gradients: bool, workers: int) -> dict:
-    """Every op's verdicts. An op whose process dies is reported as crashed, and the others go on."""
+def run_all(
+    ops: list[str],
+    dtypes: tuple[str, ...],
+    limit: int | None,
+    gradients: bool,
+    workers: int,
+    ended: Callable[[dict[str, Any]], None],
+) -> dict:
+    """Every op's verdicts. An op whose process dies is reported as crashed, and the others go on.
+
+    `ended` is given the results so far after each 25 ops.
+    """
     results: dict[str, Any] = {}
     left = list(ops)
     while left:
@@ -54,7 +68,9 @@ def run_all(ops: list[str], dtypes: tuple[str, ...], limit: int | None, gradient
             try:
                 for future in as_completed(futures):
                     results[futures[future]] = future.result()
-                    _progress(len(results), len(ops), futures[future])
+                    if len(results) % 25 == 0 or len(results) == len(ops):
+                        print(f"  {len(results)}/{len(ops)} ops, last {futures[future]}", flush=True)
+                        ended(results)
             except BrokenProcessPool:
                 pass
         remaining = [op for op in left if op not in results]
@@ -76,18 +92,15 @@ def _alone(op: str, dtypes: tuple[str, ...], limit: int | None, gradients: bool)
             return {dtype: {"forward": crashed} for dtype in dtypes}
 
 
-def _progress(done: int, total: int, op: str) -> None:
-    if done % 25 == 0 or done == total:
-        print(f"  {done}/{total} ops, last {op}", flush=True)
-
-
 def summary(results: dict) -> dict[str, dict[str, int]]:
-    """How many ops have each verdict, by dtype and pass."""
+    """How many ops have each verdict, by dtype and pass, and how many samples they were given."""
     counts: dict[str, Counter] = {}
     for verdicts in results.values():
         for dtype, parts in verdicts.items():
             for part, found in parts.items():
-                counts.setdefault(f"{dtype} {part}", Counter())[found["verdict"]] += 1
+                counted = counts.setdefault(f"{dtype} {part}", Counter())
+                counted[found["verdict"]] += 1
+                counted["samples"] += found.get("samples", 0)
     return {k: dict(v) for k, v in sorted(counts.items())}
 
 
@@ -95,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", help="only these (name or name.variant)")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--keep", action="store_true", help="keep what the file says of other ops and dtypes")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; all of them by default")
     parser.add_argument("--samples", type=int, help="at most so many samples an op, spread evenly; all by default")
     parser.add_argument("--no-gradients", action="store_true")
@@ -105,14 +119,37 @@ def main() -> None:
     if given.ops and not ops:
         parser.error(f"no op of the database is named {given.ops}")
     dtypes = tuple(given.dtype or DTYPES)
-    start = time.monotonic()
-    results = run_all(ops, dtypes, given.samples, not given.no_gradients, given.workers)
-    report(results, time.monotonic() - start, given)
+    kept = {}
+    if given.json and given.keep:
+        with open(given.json) as file:
+            kept = json.load(file)["ops"]
+
+    def save(results: dict) -> dict:
+        merged = {op: kept.get(op, {}) | results.get(op, {}) for op in {*kept, *results}}
+        if given.json:
+            write(given.json, merged)
+        return merged
+
+    results = run_all(ops, dtypes, given.samples, not given.no_gradients, given.workers, save)
+    report(save(results))
 
 
-def report(results: dict, seconds: float, given: argparse.Namespace) -> None:
+def write(path: str, results: dict) -> None:
     import jax
     import torch
+
+    record = {
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "date": time.strftime("%Y-%m-%d"),
+        "summary": summary(results),
+        "ops": dict(sorted(results.items())),
+    }
+    with open(path, "w") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+
+
+def report(results: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -124,22 +161,10 @@ def report(results: dict, seconds: float, given: argparse.Namespace) -> None:
                 if found["verdict"] in ("unsupported", "wrong"):
                     table.add_row(name, dtype, part, found["verdict"], found.get("reason", "").split("\n")[0][:200])
     console.print(table)
-    totals = Table("dtype and pass", "pass", "unsupported", "wrong", "left out", title="Ops by verdict")
+    totals = Table("dtype and pass", "pass", "unsupported", "wrong", "left out", "samples", title="Ops by verdict")
     for key, counts in summary(results).items():
-        totals.add_row(key, *(str(counts.get(v, 0)) for v in ("pass", "unsupported", "wrong", "left out")))
+        totals.add_row(key, *(str(counts.get(v, 0)) for v in ("pass", "unsupported", "wrong", "left out", "samples")))
     console.print(totals)
-    if given.json:
-        record = {
-            "versions": {"jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
-            "minutes": round(seconds / 60, 1),
-            "samples_per_op": given.samples or "all",
-            "summary": summary(results),
-            "ops": dict(sorted(results.items())),
-        }
-        with open(given.json, "w") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
 
 
 if __name__ == "__main__":
