@@ -116,8 +116,6 @@ def build(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     for part in (config, getattr(config, "text_config", None)):
         if part is not None:
             part.use_cache = False
-    if family == "mixture of experts":
-        config._experts_implementation = "batched_mm"  # the others route in Python, by value
     make = AutoModelForCausalLM if family in ("decoder", "mixture of experts") else AutoModel
     model = make.from_config(config).eval()
     return model, _inputs(name, family, config)

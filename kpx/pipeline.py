@@ -73,6 +73,7 @@ def choose_products(module: ir.Module, context: Context) -> None:
     if mkl and bf16_tiles:
         rules.append(library.mkl_product_of_bf16)
     rewriting(rules)(module, context)
+    rewriting([precision.bf16_dot_that_xla_refuses])(module, context)  # what no library took
 
 
 def choose_kernels(module: ir.Module, context: Context) -> None:

@@ -15,7 +15,7 @@ import torch
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
-from kpx.bridges.torch.registry import CURRENT, RANDOM, RULES
+from kpx.bridges.torch.registry import CURRENT, RANDOM, rule_of
 from kpx.errors import KpxError, UnsupportedError
 
 # Ops that check what capturing has already fixed: sizes, dtypes, devices.
@@ -93,7 +93,7 @@ def _op_of(node: torch.fx.Node) -> Any:
 
 
 def _known(target: Any) -> bool:
-    return target in RULES or target in _CHECKS or target in _PYTHON
+    return target in _CHECKS or target in _PYTHON or rule_of(target) is not None
 
 
 def _listed(paths: list[str], most: int = 5) -> str:
@@ -191,11 +191,13 @@ def _call(node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
+    rule = rule_of(op)
+    assert rule is not None  # `check_supported` has looked
     with jax.named_scope(module_path(node).replace(".", "/") or "model"):
         checks.at(f"`{op}` in {_place(node)}")
         CURRENT.set(node)
         try:
-            return RULES[op](*args, **_without_defaults(kwargs))
+            return rule(*args, **_without_defaults(kwargs))
         except KpxError as error:
             raise UnsupportedError(f"`{op}` in {_place(node)}: {error}") from error
         except (TypeError, ValueError, IndexError, NotImplementedError) as error:

@@ -45,6 +45,47 @@ def bf16_dot_yields_f32(op):
     return m.convert(wide, "bf16")
 
 
+@rewrite(stablehlo.DotGeneralOp, exact=True)
+def bf16_dot_that_xla_refuses(op):
+    """A bf16 product summed in f32 whose layout XLA:CPU moves only after it has settled how bf16 is computed.
+
+    "DotThunk: unsupported element type BF16 x BF16 = F32" (XLA of jax 0.10): the left operand has its batch
+    dimensions first and contracts the one before the last, the right has its batch dimensions elsewhere. It is what
+    attention's backward pass does with values. As f32 operands, which hold bf16 exactly, XLA takes it. (The example's
+    batch of one is the only one that XLA takes as it is, so that a test can compare.)
+
+    Before:
+        func.func @main(%a: tensor<1x8x4xbf16>, %b: tensor<8x1x5xbf16>) -> tensor<1x4x5xf32> {
+          %0 = stablehlo.dot_general %a, %b, batching_dims = [0] x [1], contracting_dims = [1] x [0] : (tensor<1x8x4xbf16>, tensor<8x1x5xbf16>) -> tensor<1x4x5xf32>
+          return %0 : tensor<1x4x5xf32>
+        }
+    After:
+        func.func @main(%a: tensor<1x8x4xbf16>, %b: tensor<8x1x5xbf16>) -> tensor<1x4x5xf32> {
+          %0 = stablehlo.convert %a : (tensor<1x8x4xbf16>) -> tensor<1x8x4xf32>
+          %1 = stablehlo.convert %b : (tensor<8x1x5xbf16>) -> tensor<8x1x5xf32>
+          %2 = stablehlo.dot_general %0, %1, batching_dims = [0] x [1], contracting_dims = [1] x [0] : (tensor<1x8x4xf32>, tensor<8x1x5xf32>) -> tensor<1x4x5xf32>
+          return %2 : tensor<1x4x5xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<2x8x4xbf16>, %b: tensor<2x8x5xbf16>) -> tensor<2x4x5xf32> {
+          %0 = stablehlo.dot_general %a, %b, batching_dims = [0] x [0], contracting_dims = [1] x [1] : (tensor<2x8x4xbf16>, tensor<2x8x5xbf16>) -> tensor<2x4x5xf32>
+          return %0 : tensor<2x4x5xf32>
+        }
+    """
+    kinds = m.element_type(op.lhs), m.element_type(op.rhs), m.element_type(op.result)
+    if kinds != ("bf16", "bf16", "f32") or op.algorithm is not None:
+        return None
+    dims = stablehlo.DotDimensionNumbers(op.dot_dimension_numbers)
+    leading = list(range(len(dims.lhs_batching_dimensions)))
+    transposed = list(dims.lhs_contracting_dimensions) == [len(leading)]
+    if not leading or not transposed or list(dims.rhs_batching_dimensions) == leading:
+        return None
+    operands = m.convert(op.lhs, "f32"), m.convert(op.rhs, "f32")
+    return stablehlo.dot_general(
+        op.result.type, *operands, op.dot_dimension_numbers, precision_config=op.precision_config
+    )
+
+
 @rewrite(
     stablehlo.DotGeneralOp,
     exact=False,

@@ -251,7 +251,9 @@ def test_the_op_databases_samples_have_pytorchs_values_and_gradients(name):
     finally:
         RULES.update(before)
     expected = dict.fromkeys(verdicts, "pass")
-    if name.partition(".variant:")[0] in opinfo_check.RANDOM and "gradient" in verdicts:  # its gradient is that of its own draws: nothing of PyTorch's to compare
+    if (
+        name.partition(".variant:")[0] in opinfo_check.RANDOM and "gradient" in verdicts
+    ):  # its gradient is that of its own draws: nothing of PyTorch's to compare
         expected["gradient"] = "left out"
     assert {part: v["verdict"] for part, v in verdicts.items()} == expected, verdicts
     assert set(OPINFO[name]) <= reached

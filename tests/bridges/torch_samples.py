@@ -104,7 +104,8 @@ ELSEWHERE = {
     aten.sym_storage_offset.default, aten.sym_numel.default, aten.sym_size.int, aten.sym_stride.int,
     aten._local_scalar_dense.default, aten._assert_scalar.default, aten._assert_async.msg,
     aten._functional_assert_async.msg, aten.fractional_max_pool2d_backward.default,
-    aten.fractional_max_pool3d_backward.default,
+    aten.fractional_max_pool3d_backward.default, aten._grouped_mm.default, "transformers::grouped_mm_fallback",
+    "transformers::grouped_mm_fallback_backward",
 }  # fmt: skip
 
 # Overload -> arguments, keywords, and the mean of what is drawn.

@@ -5,6 +5,7 @@ from kpx.bridges.torch.aten import (  # noqa: F401
     complex,
     elementwise,
     fft,
+    grouped,
     indexing,
     interpolate,
     linalg,
