@@ -52,7 +52,7 @@ def run_all(
     limit: int | None,
     gradients: bool,
     workers: int,
-    ended: Callable[[dict[str, Any]], None],
+    ended: Callable[[dict[str, Any]], Any],
 ) -> dict:
     """Every op's verdicts. An op whose process dies is reported as crashed, and the others go on.
 
