@@ -165,7 +165,7 @@ class OptimizedModule(torch.nn.Module):
         return compiled
 
     def generate(self, *args, **kwargs):
-        """Hugging Face's `generate()` over a static KV cache, each decoding step a compiled program.
+        """Hugging Face's `generate()` over a static KV cache: prompt and decoding steps are compiled programs.
 
         Raises:
             InputError: the model has no `generate`, or another kind of cache was asked for.
@@ -177,7 +177,9 @@ class OptimizedModule(torch.nn.Module):
         if "_generation" not in self.__dict__:
             backend = functools.partial(dynamo.compile_with, target=self._target, config=dynamo.training(self._config))
             self.__dict__["_generation"] = generation.compile_config(backend)
-        return generation.generate(self._model, self._generation, *args, **kwargs)
+            remedy = "Pad prompts to a few lengths, on the left: `tokenizer(..., pad_to_multiple_of=32)`."
+            self.__dict__["_prompts"] = ShapeHistory(f"{type(self._model).__name__}.generate", remedy)
+        return generation.generate(self._model, self._generation, self._prompts, *args, **kwargs)
 
     def _capture(
         self, args: tuple, kwargs: dict[str, Any], tensors: list[torch.Tensor]

@@ -13,8 +13,9 @@ _QUIET = 3  # so many shapes of one input are compiled without a word
 class ShapeHistory:
     """The shapes that one model was compiled for."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, remedy: str = "Pad to a few sizes with `kpx.Buckets(...)`."):
         self._model = model
+        self._remedy = remedy
         self._seen: dict[tuple[int, ...], list[tuple[tuple[int, ...], ...]]] = {}
 
     def note(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -35,7 +36,7 @@ class ShapeHistory:
         if changing:
             warnings.warn(
                 f"`{self._model}` has now been compiled for {len(known)} shapes: {'; '.join(changing)} keep(s) "
-                "changing, and every new size is compiled anew. Pad to a few sizes with `kpx.Buckets(...)`.",
+                f"changing, and every new size is compiled anew. {self._remedy}",
                 RecompileWarning,
                 stacklevel=4,
             )

@@ -12,7 +12,7 @@ from jax import export
 
 import kpx
 from kpx.bridges import stablehlo
-from kpx.bridges.torch import functional, load
+from kpx.bridges.torch import dynamo, functional, load
 from kpx.bridges.torch.tensors import to_array, to_tensor
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -182,18 +182,58 @@ def test_dtypes_keep_their_width(dtype):
 # Generation ------------------------------------------------------------------------------------
 
 
-@pytest.mark.models
-def test_greedy_generation_is_eagers_token_for_token():
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _language_model(kind):
+    import transformers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    windows = {"sliding_window": 8} if kind == "Mistral" else {}
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
+        num_key_value_heads=2, max_position_embeddings=128, **windows,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, 200, (2, 7))
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """The graphs that kpx compiles for Dynamo, as they come."""
+    torch._dynamo.reset()
+    graphs, compile_with = [], dynamo.compile_with
+
+    def noted(graph, inputs, **settings):
+        graphs.append(graph)
+        return compile_with(graph, inputs, **settings)
+
+    monkeypatch.setattr(dynamo, "compile_with", noted)
+    return graphs
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Mixtral"])
+def test_greedy_generation_is_eagers_token_for_token(kind, compiled_graphs):
+    model = _language_model(kind)
+    ids = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(kpx.optimize(model).generate(ids, **settings), model.generate(ids, **settings))
+    assert len(compiled_graphs) == 2  # the prompt, and one step for all tokens
+
+
+@pytest.mark.models
+def test_generation_from_another_length_of_prompt_keeps_the_step(compiled_graphs):
+    model = _language_model("Llama")
+    optimized = kpx.optimize(model)
+    for length in (7, 9, 7):
+        optimized.generate(torch.ones(1, length, dtype=torch.int64), max_new_tokens=4, pad_token_id=0)
+    assert len(compiled_graphs) == 3  # two prompts, one step
+
+
+@pytest.mark.models
+def test_generation_with_padded_prompts_is_eagers(compiled_graphs):
+    model = _language_model("Llama")
+    ids = torch.randint(1, 200, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[0, :3], mask[0, :3] = 0, 0
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(kpx.optimize(model).generate(ids, **settings), model.generate(ids, **settings))
 
 

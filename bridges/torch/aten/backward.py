@@ -205,6 +205,9 @@ def masked_scatter_backward(grad, mask, sizes):
 
 @lowers(aten._cdist_backward.default)
 def cdist_backward(grad, x1, x2, p, cdist):
+    if not (cdist.size and x1.size):
+        return jnp.zeros_like(x1)
+    x1 = jnp.broadcast_to(x1, (*cdist.shape[:-1], x1.shape[-1]))  # PyTorch sums over batches itself
     return pullback(lambda x1: nn.cdist(x1, x2, p, None), x1)(grad)[0]
 
 
@@ -225,7 +228,31 @@ def weight_norm_backward(grad, v, g, norms, dim):
 
 @lowers(aten._segment_reduce_backward.default)
 def segment_reduce_backward(grad, output, data, reduce, *, lengths=None, offsets=None, axis=0, initial=None):
+    lengths = jnp.diff(offsets, axis=-1) if lengths is None else lengths
+    if reduce == "prod":
+        return _segment_prod_backward(grad, data, lengths, axis, 1 if initial is None else initial)
+
     def forward(data):
-        return scatter.segment_reduce(data, reduce, lengths=lengths, offsets=offsets, axis=axis, initial=initial)
+        return scatter.segment_reduce(data, reduce, lengths=lengths, axis=axis, initial=initial)
 
     return pullback(forward, data)(grad)[0]
+
+
+def _segment_prod_backward(grad, data, lengths, axis, initial):
+    """For each element the product of the others of its run, without dividing by zero."""
+    if lengths.ndim > 1:
+        run = jax.vmap(lambda g, d, n: _segment_prod_backward(g, d, n, axis - 1, initial))
+        return run(grad, data, lengths)
+    owner = jnp.searchsorted(jnp.cumsum(lengths), jnp.arange(data.shape[axis]), side="right")
+
+    def of_run(values, reduce):
+        found = scatter.segment_reduce(values, reduce, lengths=lengths, axis=axis, initial=1 if reduce == "prod" else 0)
+        return jnp.take(found, owner, axis, mode="fill", fill_value=0)
+
+    odd, is_nan = (data == 0) | jnp.isnan(data), jnp.isnan(data).astype(data.dtype)
+    regular = of_run(jnp.where(odd, 1, data), "prod") * initial
+    others_odd = of_run(odd.astype(data.dtype), "sum") - odd
+    others_nan = of_run(is_nan, "sum") - is_nan
+    product = jnp.where(others_odd > 0, 0, regular / jnp.where(odd, 1, data))
+    product = jnp.where(others_nan > 0, jnp.nan, product)
+    return product * jnp.take(grad, owner, axis, mode="fill", fill_value=0)

@@ -14,6 +14,7 @@ from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import axis, sum_dtype
 from kpx.bridges.torch.aten.scatter import accumulated
 from kpx.bridges.torch.registry import lowers
+from kpx.errors import UnsupportedError
 
 aten = torch.ops.aten
 
@@ -31,9 +32,13 @@ def _key(x, indices):
         if i is None:
             key.append(slice(None))
             continue
-        if i.dtype not in (jnp.bool_, jnp.uint8):
-            dim = len(key)
-            checks.in_range(i, -x.shape[dim], x.shape[dim], dim)
+        if i.dtype in (jnp.bool_, jnp.uint8):
+            raise UnsupportedError(
+                "A tensor is indexed by a mask, so that its shape depends on values, and a compiled program's shapes are "
+                "fixed. Use `torch.where(mask, x, other)`, or multiply by the mask."
+            )
+        dim = len(key)
+        checks.in_range(i, -x.shape[dim], x.shape[dim], dim)
         key.append(i)
     return tuple(key)
 
