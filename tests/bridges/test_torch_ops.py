@@ -149,10 +149,10 @@ SAMPLES = {
     aten.all.default: [(B,)],
     aten.all.dim: [(B, 1, True)],
     aten.all.dims: [(B, [1])],
-    aten._softmax.default: [(X, 1, False)],
-    aten.softmax.int: [(X, -1), (X.bfloat16(), 0, torch.float32)],
-    aten._log_softmax.default: [(X, 1, False)],
-    aten.log_softmax.int: [(X, 0)],
+    aten._softmax.default: [(X, 1, False), (X[0, 0], 0, False)],
+    aten.softmax.int: [(X, -1), (X[0, 0], -1), (X.bfloat16(), 0, torch.float32)],
+    aten._log_softmax.default: [(X, 1, False), (X[0, 0], 0, False)],
+    aten.log_softmax.int: [(X, 0), (X[0, 0], 0)],
     aten.logsumexp.default: [(X, [1])],
     aten.cumsum.default: [(X, 1), (N, 0), (B, 1)],
     aten.linalg_vector_norm.default: [(X, 2, [1]), (X, 1, [0], True), (X, float("inf"), [1]), (X, -float("inf"), [1]), (X, 0, [1]), (X, 3.0, None)],
@@ -268,12 +268,32 @@ def test_fractional_pooling_has_pytorchs_gradient_for_given_draws(n):
     def function(x, draws):
         return pool(x, 2, output_size=3, _random_samples=draws)
 
+    _assert_same_gradient(function, x, draws)
+
+
+def _assert_same_gradient(function, x, *others):
     def gradient(f):
         leaf = x.clone().requires_grad_()
-        torch.utils._pytree.tree_leaves(f(leaf, draws))[0].square().sum().backward()
+        torch.utils._pytree.tree_leaves(f(leaf, *others))[0].square().sum().backward()
         return leaf.grad
 
-    torch.testing.assert_close(gradient(differentiable(function)), gradient(function))
+    torch.testing.assert_close(gradient(differentiable(function)), gradient(function), equal_nan=True)
+
+
+@pytest.mark.parametrize("batches", [((), (4,)), ((1,), (3,)), ((2, 1), (3,))])
+def test_distances_over_batches_have_pytorchs_gradient(batches):
+    _assert_same_gradient(torch.cdist, _t(*batches[0], 3, 2), _t(*batches[1], 5, 2, seed=1))
+
+
+@pytest.mark.parametrize("odd", [[], [0.0], [0.0, 0.0], [float("nan")], [float("nan"), 0.0]], ids=str)
+@pytest.mark.parametrize("initial", [None, 2.0])
+def test_products_of_segments_have_pytorchs_gradient(odd, initial):
+    x = _t(6)
+    x[1 : 1 + len(odd)] = torch.tensor(odd)
+    lengths = torch.tensor([4, 0, 2])
+    _assert_same_gradient(
+        lambda x, n: torch.segment_reduce(x, "prod", lengths=n, unsafe=True, initial=initial), x, lengths
+    )
 
 
 def test_sizes_are_those_of_a_row_major_array():

@@ -130,22 +130,22 @@ def is_any_true(x):
 
 @lowers(aten._softmax.default)
 def softmax_(x, dim, half_to_float):
-    return jax.nn.softmax(x.astype(jnp.float32) if half_to_float else x, dim)
+    return jax.nn.softmax(x.astype(jnp.float32) if half_to_float else x, axes(x, dim))
 
 
 @lowers(aten.softmax.int)
 def softmax(x, dim, dtype=None):
-    return jax.nn.softmax(promote_to_float(x) if dtype is None else x.astype(to_jax(dtype)), dim)
+    return jax.nn.softmax(promote_to_float(x) if dtype is None else x.astype(to_jax(dtype)), axes(x, dim))
 
 
 @lowers(aten._log_softmax.default)
 def log_softmax_(x, dim, half_to_float):
-    return jax.nn.log_softmax(x.astype(jnp.float32) if half_to_float else x, dim)
+    return jax.nn.log_softmax(x.astype(jnp.float32) if half_to_float else x, axes(x, dim))
 
 
 @lowers(aten.log_softmax.int)
 def log_softmax(x, dim, dtype=None):
-    return jax.nn.log_softmax(promote_to_float(x) if dtype is None else x.astype(to_jax(dtype)), dim)
+    return jax.nn.log_softmax(promote_to_float(x) if dtype is None else x.astype(to_jax(dtype)), axes(x, dim))
 
 
 @lowers(aten.logsumexp.default)
