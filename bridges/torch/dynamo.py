@@ -17,10 +17,10 @@ import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kpx.bridges.torch import joint
 from kpx.bridges.torch.exported import TENSOR
 from kpx.bridges.torch.interpret import as_jax_function, is_random
 from kpx.bridges.torch.invoke import TensorProgram
@@ -111,7 +111,7 @@ def compilers(target: Target, config: Config) -> dict[str, Any]:
         "fw_compiler": compiler,
         "bw_compiler": functools.partial(compiler, backward=True),
         "inference_compiler": compiler,
-        "partition_fn": min_cut_rematerialization_partition,
+        "partition_fn": joint.partition,
         "decompositions": decompositions(),
     }
 

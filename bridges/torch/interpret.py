@@ -123,10 +123,12 @@ def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
     last_use = _last_uses(graph)
     owner = graph.owning_module
 
+    drawing = [node for node in graph.nodes if _draws(node)]
+
     def fn(values: Sequence, key: Any = None) -> list:
         env: dict[torch.fx.Node, Any] = {}
         left = list(reversed(values))
-        drawn = 0
+        keys = dict(zip(drawing, _keys(key, len(drawing)), strict=True))
         for node in graph.nodes:
             if node.op == "placeholder":
                 env[node] = left.pop()
@@ -135,9 +137,7 @@ def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
                 if node.target in RANDOM:
-                    draws = _draws(node)
-                    kwargs = kwargs | {"key": jax.random.fold_in(key, drawn) if draws else None}
-                    drawn += draws
+                    kwargs = kwargs | {"key": keys.get(node)}
                 env[node] = _call(node, args, kwargs)
             elif node.op == "output":
                 return list(torch.fx.node.map_arg(node.args[0], env.__getitem__))
@@ -146,6 +146,14 @@ def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
         raise KpxError("The captured graph has no output node; please report this model.")
 
     return fn
+
+
+def _keys(key: Any, count: int) -> list:
+    """A key for each op that draws, all made at once."""
+    if not count:
+        return []
+    made = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count, dtype=jnp.uint32))
+    return [made[i] for i in range(count)]
 
 
 def _attribute(owner: Any, name: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.exported import TENSOR, ExportedFunction
-from kpx.bridges.torch.tensors import LiveWeights, canonical, to_array, to_tensor
+from kpx.bridges.torch.tensors import LiveWeights, canonical, dense_order, to_array, to_tensor
 from kpx.config import Config
 from kpx.runtime.build import ModelProgram
 from kpx.targets.target import Target
@@ -33,15 +33,6 @@ def _wrap_key(bits: jax.Array) -> jax.Array:
 def _draw_key(device: jax.Device) -> jax.Array:
     """Four words drawn from PyTorch's default generator, so that `torch.manual_seed` decides them."""
     return to_array(torch.empty(4, dtype=torch.int32).random_(-(2**31), 2**31).view(torch.uint32), device)
-
-
-def _dense_order(tensor: torch.Tensor) -> list[int] | None:
-    """The order of dimensions in which a tensor lies densely in memory (a transposed weight, a channels_last image), or
-    None where that is its own order, or it does not lie densely: then it is copied at each call."""
-    if tensor.is_contiguous():
-        return None
-    order = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d))
-    return order if tensor.permute(order).is_contiguous() else None
 
 
 class TensorProgram:
@@ -66,7 +57,7 @@ class TensorProgram:
         self._needs_key = needs_key
         self._messages: list[tuple[str, str]] = []
         count = len(inputs)
-        self._orders = [_dense_order(t) for t in inputs]
+        self._orders = [dense_order(t) for t in inputs]
         self._is_row_major = not any(self._orders)
         back = [None if o is None else tuple(np.argsort(o)) for o in self._orders]
 

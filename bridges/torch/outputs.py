@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch._guards import TracingContext
 
+from kpx.bridges.torch.tensors import dense_order
+
 aten = torch.ops.aten
 _VIEWS = {
     aten.t.default, aten.permute.default, aten.transpose.int, aten.view.default, aten.unsqueeze.default,
@@ -29,9 +31,12 @@ class _Output:
     is_input: bool
     source: int
     steps: list[torch.fx.Node]
+    order: tuple[int, ...] | None = None  # of the dimensions of a value that was computed in another order
 
     def take(self, inputs: Sequence[Any], computed: Sequence[Any]) -> Any:
         value = inputs[self.source] if self.is_input else computed[self.source]
+        if self.order is not None:
+            value = value.permute(self.order)
         for node in self.steps:
             value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         return value
@@ -53,6 +58,7 @@ class Outputs:
         self._outputs: list[_Output] = []
         self._layouts: dict[int, tuple] = {}
         computed: list[Any] = []
+        orders: dict[Any, tuple[int, ...] | None] = {}
         for position, node in enumerate(nodes):
             base, steps = _unwound(node, placeholders, position < shown) if not backward else (node, [])
             if isinstance(base, torch.fx.Node) and base in placeholders and not backward:
@@ -60,10 +66,12 @@ class Outputs:
                 continue
             if base not in computed or not isinstance(base, torch.fx.Node):
                 computed.append(base)
-            self._outputs.append(_Output(False, computed.index(base), steps))
+            order = orders.setdefault(base, None if backward or position < shown else _order(base))
+            back = None if order is None else _inverse(order)
+            self._outputs.append(_Output(False, computed.index(base), steps, back))
             if position < shown and (layout := _layout(node)) is not None:
                 self._layouts[position] = layout
-        self.graph = _giving(module, computed)
+        self.graph = _giving(module, computed, orders)
 
     def take(self, inputs: Sequence[Any], computed: Sequence[Any]) -> list[Any]:
         """The graph's outputs."""
@@ -99,11 +107,13 @@ def _unwound(node: Any, placeholders: list[torch.fx.Node], shown: bool) -> tuple
 
 
 def _replays(base: torch.fx.Node, steps: list[torch.fx.Node]) -> bool:
-    """Whether view ops apply to a row-major value, of known sizes."""
-    shape = base.meta["val"].shape
+    """Whether view ops apply to a value as it lies, of known sizes."""
+    shape, order = base.meta["val"].shape, _order(base)
     if not all(isinstance(n, int) for n in shape):
         return False
     value = torch.empty(shape, device="meta")
+    if order is not None:
+        value = value.permute(order).contiguous().permute(_inverse(order))
     try:
         for node in steps:
             value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
@@ -112,12 +122,32 @@ def _replays(base: torch.fx.Node, steps: list[torch.fx.Node]) -> bool:
     return True
 
 
-def _giving(module: torch.fx.GraphModule, computed: list[Any]) -> torch.fx.Graph:
-    """A copy of a graph that gives other values of it."""
+def _order(base: Any) -> tuple[int, ...] | None:
+    """The order of dimensions in which PyTorch would keep a value densely, where that is not its own order.
+
+    A value of transposed ones is computed as those lie, and what reads it turns it back.
+    """
+    value: Any = base.meta.get("val") if isinstance(base, torch.fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+        return None
+    order = dense_order(value)
+    return None if order is None else tuple(order)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _giving(module: torch.fx.GraphModule, computed: list[Any], orders: dict) -> torch.fx.Graph:
+    """A copy of a graph that gives other values of it, with their dimensions in these orders."""
     graph = torch.fx.Graph()
     copies: dict[torch.fx.Node, torch.fx.Node] = {}
     graph.graph_copy(module.graph, copies)
-    graph.output(torch.fx.node.map_arg(tuple(computed), copies.__getitem__))
+    given = [torch.fx.node.map_arg(value, copies.__getitem__) for value in computed]
+    for i, value in enumerate(computed):
+        if orders[value] is not None:
+            given[i] = graph.call_function(aten.permute.default, (given[i], list(orders[value])))
+    graph.output(tuple(given))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _is_check(node))
     return torch.fx.GraphModule(module, graph).graph
 

@@ -51,6 +51,15 @@ def plain(tensor: torch.Tensor, error: Exception | None = None) -> torch.Tensor:
     return resolved
 
 
+def dense_order(tensor: torch.Tensor) -> list[int] | None:
+    """The order of dimensions in which a tensor lies densely in memory (a transposed weight, a channels_last image), or
+    None where that is its own order, or it does not lie densely: then it is copied at each call."""
+    if tensor.is_contiguous():
+        return None
+    order = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d))
+    return order if tensor.permute(order).is_contiguous() else None
+
+
 def canonical(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor whose dimensions of size 1 have the strides of a row-major array; the same memory if it can."""
     return tensor.reshape(-1).view(tensor.shape)
