@@ -33,7 +33,13 @@ PAIR_PRIMS = [
 ]  # fmt: skip
 
 # Overload -> argument tuples, or (arguments, keywords).
+_EDGES = torch.tensor([-2.0, -0.5, 0.25, 1.0])
 MORE = {
+    aten.histogram.bin_ct: [(X, 5), ((X, 5), {"range": [-1.0, 1.0], "density": True}), (X * 0, 3), ((X, 4), {"weight": X.abs()})],
+    aten.histogram.bins_tensor: [(X, _EDGES), ((_EDGES, _EDGES), {"density": True})],
+    aten._histogramdd_bin_edges.default: [(X[:, :2], [2, 3])],
+    aten._histogramdd_from_bin_cts.default: [(X[:, :2], [2, 3]), ((X[:, :2], [2, 3]), {"range": [-1.0, 1.0, -2.0, 2.0], "density": True})],
+    aten._histogramdd_from_bin_tensors.default: [(X[:, :2], [_EDGES, _EDGES])],
     aten._is_all_true.default: [(B,), (B | True,)],
     aten._is_any_true.default: [(B,), (B & False,)],
     aten.max_pool1d.default: [(IMAGE[0], 2), (IMAGE[0], 3, 2, 1)],

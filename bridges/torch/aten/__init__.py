@@ -6,6 +6,7 @@ from kpx.bridges.torch.aten import (  # noqa: F401
     elementwise,
     fft,
     grouped,
+    histogram,
     indexing,
     interpolate,
     linalg,
