@@ -57,6 +57,9 @@ RANDOM = {
     "nn.functional.dropout2d", "nn.functional.dropout3d", "nn.functional.feature_alpha_dropout",
     "nn.functional.rrelu", "nn.functional.fractional_max_pool2d", "nn.functional.fractional_max_pool3d",
 }  # fmt: skip
+BY_CHANNEL = {
+    "nn.functional.dropout2d", "nn.functional.dropout3d", "nn.functional.feature_alpha_dropout",
+}  # fmt: skip
 
 
 def op_name(op: Any) -> str:
@@ -243,6 +246,8 @@ def differs_in_distribution(op: Any, sample: Any, run: Callable, draws: int = 60
     for g, w in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
         if (g[0].dtype, g[0].shape) != (w[0].dtype, w[0].shape):
             return f"{g[0].dtype}{list(g[0].shape)} where PyTorch gives {w[0].dtype}{list(w[0].shape)}"
+        if op.name in BY_CHANNEL and g[0].ndim > 2:  # a channel's values are no draws of their own
+            g, w = ([x.flatten(2)[..., 0] for x in side] for side in (g, w))
         a, b = (np.concatenate([_as_real(x.detach()) for x in side]) for side in (g, w))
         if g[0].dtype == torch.bfloat16:  # roundings of the same value may differ by one place
             a, b = (x * (1 + 0.02 * np.random.default_rng(i).random(x.shape)) for i, x in enumerate((a, b)))

@@ -103,13 +103,18 @@ def spread_to_places(grad, x, places, n):
     rows = math.prod(lead)
     wide = sum_dtype(grad.dtype)
     flat = jnp.zeros((rows, math.prod(x.shape[x.ndim - n :])), wide)
-    places = places.reshape(rows, -1)
-    values = grad.reshape(rows, -1).astype(wide)
+    places = places.reshape(rows, math.prod(places.shape[places.ndim - n :]))
+    values = grad.reshape(places.shape).astype(wide)
     return flat.at[jnp.arange(rows)[:, None], places].add(values).reshape(x.shape).astype(grad.dtype)
 
 
 def _windows_of(size, out):
     return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+
+
+def _flat_from(x, dim):
+    """An array whose dimensions from `dim` on are one; empty ones too, whose sizes `-1` cannot tell."""
+    return x.reshape(*x.shape[:dim], math.prod(x.shape[dim:]))
 
 
 def _gathered_maximum(x, starts, lengths, n):
@@ -131,11 +136,11 @@ def _gathered_maximum(x, starts, lengths, n):
     place = jnp.transpose(place, order)
     valid = jnp.transpose(valid, [valid.ndim - place.ndim + o for o in order] if valid.ndim == place.ndim else order)
     out = place.shape[lead : lead + n]
-    place, valid = (a.reshape(*a.shape[: lead + n], -1) for a in (place, valid))
-    rows = x.reshape(*x.shape[: x.ndim - n], -1)
+    place, valid = (_flat_from(a, lead + n) for a in (place, valid))
+    rows = _flat_from(x, x.ndim - n)
     full = (*x.shape[: x.ndim - n], *place.shape[lead:])
     place, valid = jnp.broadcast_to(place, full), jnp.broadcast_to(valid, full)
-    flat = place.reshape(*rows.shape[:-1], -1)
+    flat = _flat_from(place, x.ndim - n)
     seen = jnp.take_along_axis(rows, flat, -1).reshape(full)
     seen = jnp.where(valid, seen, lowest(x.dtype))
     chosen = jnp.argmax(seen, -1, keepdims=True)
@@ -164,9 +169,7 @@ def _fractional_max(x, kernel_size, output_size, samples, n):
             continue
         alpha = (size - kernel[d]) / (out[d] - 1)
         i = jnp.arange(out[d] - 1)
-        inner = (
-            jnp.floor((i + u[..., None]) * alpha).astype(jnp.int64) - jnp.floor(u * alpha).astype(jnp.int64)[..., None]
-        )
+        inner = ((i + u[..., None]) * alpha).astype(jnp.int64) - (u * alpha).astype(jnp.int64)[..., None]
         last = jnp.full((*u.shape, 1), size - kernel[d], jnp.int64)
         starts.append(jnp.concatenate([inner, last], -1))
     value, where = _gathered_maximum(x4, starts, [np.full(o, k) for o, k in zip(out, kernel, strict=True)], n)
