@@ -271,13 +271,12 @@ def test_fractional_pooling_has_pytorchs_gradient_for_given_draws(n):
     _assert_same_gradient(function, x, draws)
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 4, 5, 4), (2, 0, 4, 5, 4)])
-def test_fractional_pooling_takes_empty_batches(shape):
+def test_fractional_pooling_takes_empty_batches():
     class Pool(torch.nn.Module):
         def forward(self, x):
             return F.fractional_max_pool3d(x, (2, 2, 1), output_size=2)
 
-    assert kpx.optimize(Pool())(torch.zeros(shape)).shape == (*shape[:2], 2, 2, 2)
+    assert kpx.optimize(Pool())(torch.zeros(0, 1, 4, 5, 4)).shape == (0, 1, 2, 2, 2)
 
 
 def _assert_same_gradient(function, x, *others):
