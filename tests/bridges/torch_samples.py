@@ -40,6 +40,7 @@ MORE = {
     aten._histogramdd_bin_edges.default: [(X[:, :2], [2, 3])],
     aten._histogramdd_from_bin_cts.default: [(X[:, :2], [2, 3]), ((X[:, :2], [2, 3]), {"range": [-1.0, 1.0, -2.0, 2.0], "density": True})],
     aten._histogramdd_from_bin_tensors.default: [(X[:, :2], [_EDGES, _EDGES])],
+    aten.nonzero_static.default: [((X[:0],), {"size": 2}), ((B,), {"size": 3, "fill_value": 7})],
     aten._is_all_true.default: [(B,), (B | True,)],
     aten._is_any_true.default: [(B,), (B & False,)],
     aten.max_pool1d.default: [(IMAGE[0], 2), (IMAGE[0], 3, 2, 1)],

@@ -131,6 +131,8 @@ def diagonal_scatter(x, src, offset=0, dim1=0, dim2=1):
 def nonzero_static(x, *, size, fill_value=-1):
     if not x.ndim:
         return jnp.zeros((size, 0), jnp.int64)
+    if not x.size:  # JAX's own gives zeros there
+        return jnp.full((size, x.ndim), fill_value, jnp.int64)
     return jnp.stack(jnp.nonzero(x, size=size, fill_value=fill_value), -1).astype(jnp.int64)
 
 
