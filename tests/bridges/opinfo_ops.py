@@ -116,7 +116,6 @@ OPINFO = {
         "aten.max_pool3d_with_indices.default",
         "aten.max_pool3d_with_indices_backward.default",
     ],
-    "nn.functional.multi_head_attention_forward": ["aten.native_dropout.default"],
     "nn.functional.pad.variant:replicate": [
         "aten.replication_pad1d_backward.default",
         "aten.replication_pad2d_backward.default",

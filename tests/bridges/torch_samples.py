@@ -120,6 +120,7 @@ _F32 = {"dtype": torch.float32, "device": "cpu"}
 DRAWS = {
     **{op: (([2000],), {}, 0.5) for op in (aten.rand.default, aten.rand.generator)},
     aten.rand_like.default: ((torch.zeros(2000),), {}, 0.5),
+    aten.native_dropout.default: ((torch.ones(2000), 0.25, True), {}, 1.0),
     aten.uniform.default: ((torch.zeros(2000), 1.0, 3.0), {}, 2.0),
     **{op: (([2000],), {}, 0.0) for op in (aten.randn.default, aten.randn.generator)},
     aten.randn_like.default: ((torch.zeros(2000),), {}, 0.0),
