@@ -35,7 +35,7 @@ Q, K = _t(2, 4, 5, 8), _t(2, 2, 6, 8, seed=1)
 
 # Overload -> argument tuples, or (arguments, keywords).
 SAMPLES = {
-    aten.add.Tensor: [(X, Y), (X, V), (X, N), (N, J), (B, B), ((X, Y), {"alpha": 2}), (X, torch.tensor(2.0, dtype=torch.float64))],
+    aten.add.Tensor: [(X, Y), (X, V), (X, N), (N, J), (B, B), ((X, Y), {"alpha": 2}), ((B, B), {"alpha": False}), (X, torch.tensor(2.0, dtype=torch.float64))],
     aten.add.Scalar: [(X, 2), (N, 2), (N, 1.5)],
     aten.sub.Tensor: [(X, Y), (N, J), ((X, Y), {"alpha": 0.5})],
     aten.sub.Scalar: [(X, 2), (N, 1.5)],
@@ -125,7 +125,9 @@ SAMPLES = {
     aten.zeros_like.default: [(N,)],
     aten.ones_like.default: [((X,), {"dtype": torch.int64})],
     aten.scalar_tensor.default: [(1.5,)],
-    aten.arange.start_step: [(1, 9, 2), (0.0, 1.0, 0.25)],
+    aten.arange.start_step: [
+        (1, 9, 2), (0.0, 1.0, 0.25), ((2.1, -2.9, -1.0), {"dtype": torch.int64}), ((0.5, 6.1, 1.5), {"dtype": torch.int32}),
+    ],
     aten.arange.default: [(5,)],
     aten.arange.start: [(2, 7)],
     aten.sum.default: [(X,), (N,), (B,)],

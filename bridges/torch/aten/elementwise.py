@@ -27,7 +27,9 @@ def _scaled(y, alpha):
 @lowers(aten.add.Tensor, aten.add.Scalar)
 def add(x, y, alpha=1):
     x, y = promote(x, y)
-    return jnp.logical_or(x, y) if x.dtype == bool else x + _scaled(y, alpha)
+    if x.dtype == bool:
+        return jnp.logical_or(x, jnp.logical_and(y, bool(alpha)))
+    return x + _scaled(y, alpha)
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar)

@@ -208,7 +208,13 @@ def scalar_tensor(value, *, dtype=None, layout=None, device=None, pin_memory=Non
 
 @lowers(aten.arange.start_step)
 def arange(start, end, step=1, *, dtype=None, layout=None, device=None, pin_memory=None):
-    return jnp.arange(start, end, step, _factory_dtype(dtype, start, end, step))
+    dtype = jnp.dtype(_factory_dtype(dtype, start, end, step))
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return jnp.arange(start, end, step, dtype)
+    # PyTorch drops the fractions of what it steps by, and for int64 before it counts the steps.
+    first, stride = int(start), int(step)
+    steps = (int(end) - first) / stride if dtype == jnp.int64 else (end - start) / step
+    return first + stride * jnp.arange(math.ceil(steps), dtype=dtype)
 
 
 @lowers(aten.arange.default)
