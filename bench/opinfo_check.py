@@ -200,7 +200,7 @@ def _reconstructed(name: str, results: list[torch.Tensor]) -> list[torch.Tensor]
 
 
 # Where values are equal, which index comes first is not defined: what the indices point at is compared.
-ORDERINGS = {"sort", "argsort", "topk", "kthvalue"}
+ORDERINGS = {"sort", "argsort", "topk", "kthvalue", "mode"}
 
 
 def _values_at(name: str, sample: Any, results: list[torch.Tensor]) -> list[torch.Tensor]:

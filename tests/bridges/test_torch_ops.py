@@ -128,6 +128,13 @@ SAMPLES = {
     aten.arange.start_step: [
         (1, 9, 2), (0.0, 1.0, 0.25), ((2.1, -2.9, -1.0), {"dtype": torch.int64}), ((0.5, 6.1, 1.5), {"dtype": torch.int32}),
     ],
+    aten.linspace.default: [
+        (-2.5, 7.0, 5), (0, 7, 1), (1.0, 2.0, 0), ((-3, 7, 64), {"dtype": torch.int64}),
+        ((4.3, -3, 50), {"dtype": torch.int32}),
+    ],
+    aten.linspace.Tensor_Tensor: [((torch.tensor(50), torch.tensor(1), 50), {"dtype": torch.int64})],
+    aten.linspace.Tensor_Scalar: [(torch.tensor(0.5), 3, 4)],
+    aten.linspace.Scalar_Tensor: [(-3, torch.tensor(7), 64)],
     aten.arange.default: [(5,)],
     aten.arange.start: [(2, 7)],
     aten.sum.default: [(X,), (N,), (B,)],

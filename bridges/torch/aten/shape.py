@@ -227,6 +227,33 @@ def arange_start(start, end, **options):
     return arange(start, end, **options)
 
 
+@lowers(aten.linspace.default, aten.linspace.Tensor_Tensor, aten.linspace.Tensor_Scalar, aten.linspace.Scalar_Tensor)
+def linspace(start, end, steps, *, dtype=None, layout=None, device=None, pin_memory=None):
+    """From either end, whichever is nearer."""
+    if dtype is None:
+        is_complex = any(jnp.issubdtype(jnp.asarray(v).dtype, jnp.complexfloating) for v in (start, end))
+        dtype = torch.complex64 if is_complex else torch.float32
+    dtype = jnp.dtype(to_jax(dtype))
+    integral = jnp.issubdtype(dtype, jnp.integer)
+    if steps <= 1:
+        return jnp.full((steps,), cast(jnp.asarray(start), dtype))
+    # Integers are stepped through in double precision.
+    start, end = (cast(cast(jnp.asarray(v), dtype), jnp.float64 if integral else dtype) for v in (start, end))
+    i, distance = jnp.arange(steps), end - start
+    # By a constant, XLA would multiply by its reciprocal, which rounds twice.
+    step = distance / jnp.where(jnp.isnan(distance), 1, steps - 1).astype(start.dtype)
+    up, down = (n.astype(start.dtype) for n in (i, steps - 1 - i))
+    if integral:
+        # PyTorch multiplies and adds in one rounding: here by halves of the step, whose products are exact.
+        spread = step * (2.0**27 + 1)
+        high = spread - (spread - step)
+        upward = (start + high * up) + (step - high) * up
+        downward = (end - high * down) - (step - high) * down
+    else:
+        upward, downward = start + step * up, end - step * down
+    return cast(jnp.where(i < steps // 2, upward, downward), dtype)
+
+
 # Memory that nobody wrote yet is zeros here.
 
 
