@@ -233,10 +233,21 @@ def compare(op: Any, name: str, sample: Any, got: Sequence[torch.Tensor], wanted
         got, wanted, exact = (_values_at(op.name, sample, list(x)) for x in (got, wanted, exact))
     if op.name in RECONSTRUCTED:
         got, wanted, exact = (_reconstructed(name, list(x)) for x in (got, wanted, exact))
-    for g, w, e in zip(got, wanted, exact, strict=True):
-        if why := disagreement(g, w, e):
-            return why
-    return None
+    reasons = [disagreement(g, w, e) for g, w, e in zip(got, wanted, exact, strict=True)]
+    if any(reasons) and op.name in SKETCHED and _is_a_draw(op, name, sample, got, exact):
+        return None
+    return next(filter(None, reasons), None)
+
+
+# Of more than the rank asked for, these give an approximation that is drawn.
+SKETCHED = {"svd_lowrank", "pca_lowrank"}
+
+
+def _is_a_draw(op: Any, name: str, sample: Any, got: list[torch.Tensor], exact: list[torch.Tensor]) -> bool:
+    """Whether results are no farther from the double precision's than PyTorch's own draws are, three times over."""
+    draws = [_reconstructed(name, eager(op, sample)) for _ in range(32)]
+    spread = [max(float((d[i] - e).abs().max()) for d in draws) for i, e in enumerate(exact)]
+    return all(float((g - e).abs().max()) <= 3 * s for g, e, s in zip(got, exact, spread, strict=True))
 
 
 def _drawn(op: Any, sample: Any, run: Callable, draws: int) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
