@@ -102,7 +102,7 @@ def dot_limit(dtype: torch.dtype) -> dict[str, float]:
     import jax
 
     from kpx.bridges.torch.tensors import to_array
-    from kpx.runtime.jax_internals import compute_in_callers_thread
+    from kpx.jax_internals import compute_in_callers_thread
 
     compute_in_callers_thread()  # as `kpx.optimize` does, and before the first client is made
     a = torch.randn(1024, 1024).to(dtype)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from kpx import jax_internals
 from kpx.bridges import registry
 from kpx.config import Config, resolve
 from kpx.errors import InputError
-from kpx.runtime import jax_internals
 from kpx.runtime.build import compile_lowered, optimize_lowered
 from kpx.runtime.compiled import Compiled
 from kpx.targets.target import Target

@@ -15,8 +15,8 @@ from kpx.bridges.torch.registry import lowers
 from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import InputError
+from kpx.jax_internals import compute_in_callers_thread
 from kpx.runtime.compiled import Compiled
-from kpx.runtime.jax_internals import compute_in_callers_thread
 from kpx.targets.target import Target
 
 __all__ = [

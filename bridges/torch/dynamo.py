@@ -30,7 +30,7 @@ from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.bridges.torch.tensors import to_tensor
 from kpx.config import Config, resolve
 from kpx.errors import InputError, UnsupportedError
-from kpx.runtime.jax_internals import compute_in_callers_thread
+from kpx.jax_internals import compute_in_callers_thread
 from kpx.targets.target import Target
 
 

@@ -12,7 +12,7 @@ from torch.utils import dlpack
 
 from kpx.bridges.torch.dtypes import to_jax
 from kpx.errors import InputError
-from kpx.runtime.jax_internals import array_from_capsule, capsule_from_array
+from kpx.jax_internals import array_from_capsule, capsule_from_array
 
 _version = operator.attrgetter("_version")
 
