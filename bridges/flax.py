@@ -12,10 +12,10 @@ from flax import nnx
 
 from kpx.config import Config
 from kpx.errors import InputError, UnsupportedError
+from kpx.hardware.target import Target
 from kpx.runtime.build import ModelProgram
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.memory import give_back_freed
-from kpx.targets.target import Target
 
 
 def accepts(model: Any) -> bool:

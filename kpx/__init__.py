@@ -23,8 +23,8 @@ from kpx.errors import (
     TargetError,
     UnsupportedError,
 )
+from kpx.hardware.target import Target
 from kpx.runtime.compiled import Compiled
-from kpx.targets.target import Target
 
 __all__ = [
     "Buckets",

@@ -13,9 +13,9 @@ from kpx import jax_internals
 from kpx.bridges import registry
 from kpx.config import Config, resolve
 from kpx.errors import InputError
+from kpx.hardware.target import Target
 from kpx.runtime.build import compile_lowered, optimize_lowered
 from kpx.runtime.compiled import Compiled
-from kpx.targets.target import Target
 
 
 def optimize(

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from kpx.config import Config
+from kpx.hardware.target import Target
 from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.pipeline import Context, optimize_module
-from kpx.targets.target import Target
 from tests.programs import Program
 from tests.reference import random_arguments
 

@@ -15,9 +15,9 @@ from kpx.bridges.torch.registry import lowers
 from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import InputError
+from kpx.hardware.target import Target
 from kpx.jax_internals import compute_in_callers_thread
 from kpx.runtime.compiled import Compiled
-from kpx.targets.target import Target
 
 __all__ = [
     "BucketedModule", "OptimizedModule", "accepts", "compile", "functional", "load", "lowers", "optimize",

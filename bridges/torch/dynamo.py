@@ -30,8 +30,8 @@ from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.bridges.torch.tensors import to_tensor
 from kpx.config import Config, resolve
 from kpx.errors import InputError, UnsupportedError
+from kpx.hardware.target import Target
 from kpx.jax_internals import compute_in_callers_thread
-from kpx.targets.target import Target
 
 
 class _Program:

@@ -14,8 +14,8 @@ from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.exported import TENSOR, ExportedFunction
 from kpx.bridges.torch.tensors import LiveWeights, canonical, dense_order, to_array, to_tensor
 from kpx.config import Config
+from kpx.hardware.target import Target
 from kpx.runtime.build import ModelProgram
-from kpx.targets.target import Target
 
 _KEY = jax.ShapeDtypeStruct((4,), np.uint32)
 

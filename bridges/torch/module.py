@@ -20,9 +20,9 @@ from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.bridges.torch.tensors import LiveWeights, plain
 from kpx.config import Config
 from kpx.errors import InputError
+from kpx.hardware.target import Target
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.memory import give_back_freed
-from kpx.targets.target import Target
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 

@@ -12,7 +12,7 @@ from kpx.bridges.torch.module import OptimizedModule
 from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import InputError
-from kpx.targets.target import Target
+from kpx.hardware.target import Target
 
 _KINDS = ("batch", "sequence")
 _MASK = "attention_mask"

@@ -16,8 +16,8 @@ from kpx.bridges.torch.dynamo import compile_with
 from kpx.bridges.torch.module import OptimizedModule
 from kpx.config import Config
 from kpx.errors import GraphBreakWarning, InputError
+from kpx.hardware.target import Target
 from kpx.runtime.compiled import Compiled
-from kpx.targets.target import Target
 
 
 class TrainableModule(OptimizedModule):

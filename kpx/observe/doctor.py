@@ -84,7 +84,7 @@ def _within(found: str, wanted: str) -> bool:
 def _devices() -> list[dict[str, Any]]:
     import jax
 
-    from kpx.targets.target import cores
+    from kpx.hardware.target import cores
 
     return [
         {"platform": d.platform, "kind": d.device_kind, "cores": cores() if d.platform == "cpu" else None}

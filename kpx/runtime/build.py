@@ -11,12 +11,12 @@ import jax
 
 from kpx.config import Config
 from kpx.errors import CompileError
+from kpx.hardware.target import Target
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import mark_weights, split
 from kpx.pipeline import Context, no_collections, optimize_module
 from kpx.runtime.compiled import Compiled
-from kpx.targets.target import Target
 
 
 def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> Context:

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from kpx.hardware.target import Target
 from kpx.ir import cost as ir_cost
 from kpx.ir import module as m
 from kpx.pipeline import Context
-from kpx.targets.target import Target
 
 
 @dataclass(frozen=True)

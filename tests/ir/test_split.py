@@ -120,8 +120,8 @@ def test_a_loop_left_over_from_the_other_half_is_not_prepared():
         return [looped + table]
 
     from kpx.config import Config
+    from kpx.hardware.target import Target
     from kpx.runtime.build import ModelProgram
-    from kpx.targets.target import Target
 
     program = ModelProgram(function, [], [jax.ShapeDtypeStruct((3,), jnp.float32)], Target.resolve("cpu"), Config())
     program.load([])

@@ -18,7 +18,7 @@ import kpx
 from kpx.kernels import mkl
 
 needs_mkl = pytest.mark.skipif(not mkl.available(), reason=f"MKL's products cannot be called: {mkl.missing()}")
-tiles = pytest.mark.skipif("bf16_tiles" not in kpx.targets.target.Target("cpu").features, reason="the CPU has no AMX")
+tiles = pytest.mark.skipif("bf16_tiles" not in kpx.hardware.target.Target("cpu").features, reason="the CPU has no AMX")
 
 
 def _rms(given, wanted) -> float:

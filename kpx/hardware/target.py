@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from kpx.errors import TargetError
+from kpx.hardware import cpu
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
 from kpx.kernels import mkl
-from kpx.targets import cpu
 
 # JAX's names for the platforms that have a pipeline, and what installs each.
 _INSTALL = {
