@@ -3,6 +3,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# Compilers for targets that are not here, where the tests of all environments find them.
+export KPX_PLUGINS ?= $(CURDIR)/.plugins
+
 .PHONY: demo test lint format wheel-test readme-test clean
 
 .venv/.installed: pyproject.toml
@@ -13,7 +16,11 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python -m kpx demo
 
-test: .venv/.installed
+.plugins/.installed: .venv/.installed
+	$(BIN)/python -m kpx doctor --install tpu --install cuda --install rocm
+	touch $@
+
+test: .venv/.installed .plugins/.installed
 	$(BIN)/python -m pytest tests
 
 lint: .venv/.installed
@@ -26,11 +33,11 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 # The README's Python blocks, run as they stand.
-readme-test: .venv/.installed
+readme-test: .venv/.installed .plugins/.installed
 	$(BIN)/python -m tests.readme
 
 # The tests against the built wheel, in an environment of its own, from a folder where the checkout cannot be imported.
-wheel-test: .venv/.installed
+wheel-test: .venv/.installed .plugins/.installed
 	rm -rf build dist .venv-wheel
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(PYTHON) -m venv .venv-wheel
@@ -39,4 +46,4 @@ wheel-test: .venv/.installed
 	  $(CURDIR)/.venv-wheel/bin/pytest tests -m "not models" -p no:cacheprovider && rm -rf $$outside
 
 clean:
-	rm -rf build dist .venv .venv-wheel *.egg-info
+	rm -rf build dist .venv .venv-wheel .plugins *.egg-info

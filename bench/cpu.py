@@ -10,7 +10,6 @@ import argparse
 import functools
 import gc
 import json
-import platform
 import statistics
 import sys
 import warnings
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from bench.cases import CASES, Case
 from bench.peers import PEERS, optimized
+from kpx.hardware.cpu import model
 from kpx.observe.demo import versions
 from kpx.observe.timing import interleaved, once
 
@@ -157,7 +157,7 @@ def main(arguments=None) -> int:
     dtypes = list(_DTYPES) if options.dtype == "both" else [options.dtype]
     cases = options.cases or list(CASES)
     result: dict[str, Any] = {
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
+        "machine": f"{model()}, {torch.get_num_threads()} threads",
         "versions": versions(),
         "rounds": options.rounds,
         "dot_gflops": {},
@@ -186,14 +186,6 @@ def main(arguments=None) -> int:
     show(Console(), result)
     ours = [row["kpx"] for rows in result["cases"].values() for row in rows.values() if "kpx" in row]
     return int(any("failed" in row for row in ours))  # a peer may fail; kpx may not
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

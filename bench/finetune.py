@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import kpx
+from kpx.hardware.cpu import model
 from kpx.observe import minilm
 
 FAMILIES = (
@@ -154,17 +155,12 @@ def main() -> None:
         import jax
 
         versions = {"jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        machine = {"processor": _processor(), "cores": os.cpu_count()}
+        machine = {"processor": model(), "cores": os.cpu_count()}
         with open(given.json, "w") as file:
             json.dump(
                 {"date": time.strftime("%Y-%m-%d"), "versions": versions, "machine": machine, **record}, file, indent=1
             )
             file.write("\n")
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

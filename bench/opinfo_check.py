@@ -243,7 +243,7 @@ def compare(op: Any, name: str, sample: Any, got: Sequence[torch.Tensor], wanted
 SKETCHED = {"svd_lowrank", "pca_lowrank"}
 
 
-def _is_a_draw(op: Any, name: str, sample: Any, got: list[torch.Tensor], exact: list[torch.Tensor]) -> bool:
+def _is_a_draw(op: Any, name: str, sample: Any, got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> bool:
     """Whether results are no farther from the double precision's than PyTorch's own draws are, three times over."""
     draws = [_reconstructed(name, eager(op, sample)) for _ in range(32)]
     spread = [max(float((d[i] - e).abs().max()) for d in draws) for i, e in enumerate(exact)]

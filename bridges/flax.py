@@ -23,9 +23,9 @@ def accepts(model: Any) -> bool:
     return isinstance(model, (nnx.Module, linen.Module))
 
 
-def resolve_target(given: str | Target | None) -> Target:
+def resolve_target(given: str | Target | None, *, may_be_absent: bool = False) -> Target:
     """The target of a name; JAX's default device for None."""
-    return Target.resolve(given)
+    return Target.resolve(given, may_be_absent=may_be_absent)
 
 
 def optimize(
@@ -40,7 +40,7 @@ def optimize(
         from kpx.api import jit
 
         return jit(functools.wraps(model.apply)(lambda *args, **kwargs: model.apply(*args, **kwargs)),
-                   target=target.platform, config=config)  # fmt: skip
+                   target=target, config=config)  # fmt: skip
     optimized = OptimizedModel(model, target, config)
     if example_inputs is not None or example_kwargs is not None:
         inputs = () if example_inputs is None else example_inputs
@@ -53,7 +53,7 @@ def compile(model: Any, args: Sequence, kwargs: Mapping[str, Any], target: Targe
     if isinstance(model, linen.Module) and model.scope is None:
         from kpx.api import compile as compile_function
 
-        return compile_function(model.apply, *args, target=target.platform, config=config, **kwargs)
+        return compile_function(model.apply, *args, target=target, config=config, **kwargs)
     return OptimizedModel(model, target, config).compile_for(args, kwargs)
 
 

@@ -16,7 +16,7 @@ _BRIDGES = {"torch": "kpx.bridges.torch", "flax": "kpx.bridges.flax"}
 def find(model: Any) -> ModuleType | None:
     """The bridge module that accepts a model, or None.
 
-    A bridge has `accepts(model)`, `resolve_target(given)`, `optimize(model, example_inputs, example_kwargs,
+    A bridge has `accepts(model)`, `resolve_target(given, may_be_absent=False)`, `optimize(model, example_inputs, example_kwargs,
     target, config)` and `compile(model, args, kwargs, target, config)`.
     """
     outside = {e.name: e.value for e in entry_points(group="kpx.bridges")}

@@ -147,6 +147,11 @@ def kernel(name: str, *, version: int) -> Callable[[Callable], Kernel]:
     return register
 
 
+def kernels() -> list[Kernel]:
+    """Every kernel that is registered."""
+    return list(_KERNELS.values())
+
+
 def find(name: str) -> Kernel | None:
     """The kernel behind a composite's name, or None where it is somebody else's."""
     return _KERNELS.get(name)

@@ -17,12 +17,14 @@ from kpx.errors import (
     GraphBreakWarning,
     InputError,
     KpxError,
+    OutOfMemoryError,
     RecompileWarning,
     RewriteError,
     RewriteWarning,
     TargetError,
     UnsupportedError,
 )
+from kpx.hardware.detect import targets
 from kpx.hardware.target import Target
 from kpx.runtime.compiled import Compiled
 
@@ -36,6 +38,7 @@ __all__ = [
     "GraphBreakWarning",
     "InputError",
     "KpxError",
+    "OutOfMemoryError",
     "RecompileWarning",
     "RewriteError",
     "RewriteWarning",
@@ -45,4 +48,5 @@ __all__ = [
     "compile",
     "jit",
     "optimize",
+    "targets",
 ]

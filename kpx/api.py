@@ -12,9 +12,9 @@ import numpy as np
 from kpx import jax_internals
 from kpx.bridges import registry
 from kpx.config import Config, resolve
-from kpx.errors import InputError
+from kpx.errors import InputError, KpxError
 from kpx.hardware.target import Target
-from kpx.runtime.build import compile_lowered, optimize_lowered
+from kpx.runtime.build import compile_lowered, lower_for, optimize_lowered
 from kpx.runtime.compiled import Compiled
 
 
@@ -64,7 +64,7 @@ def optimize(
         )
     if not callable(model):
         raise InputError(_not_a_model(model))
-    jitted = jit(model, target=target, config=config)
+    jitted = jit(model, target=Target.resolve(target) if target is not None else None, config=config)
     if example_inputs is not None or example_kwargs is not None:
         jitted.compile_for(tuple(example_inputs or ()), dict(example_kwargs or {}))
     return jitted
@@ -85,7 +85,8 @@ def jit(fun: Callable | None = None, *, target: str | Target | None = None, conf
 
     Args:
         fun: a function of pytrees of arrays. Without it, gives a decorator.
-        target: the platform to run on; by default where JAX puts the arguments.
+        target: the platform to run on; by default where JAX puts the arguments. One that is not on this machine can
+            be lowered for, and passed to `kpx.compile`.
         config: what may be done; `Config()` by default.
         **options: what `jax.jit` takes: static_argnums, static_argnames, donate_argnums, donate_argnames,
             in_shardings, out_shardings, keep_unused, inline.
@@ -96,6 +97,7 @@ def jit(fun: Callable | None = None, *, target: str | Target | None = None, conf
 
     Raises:
         InputError: `fun` is not callable. From the callable: an argument is not an array or a number.
+        TargetError: `target` is not one. From the callable: it is not on this machine.
     """
     if fun is None:
         return functools.partial(jit, target=target, config=config, **options)
@@ -110,7 +112,7 @@ class _Jit:
     def __init__(self, fun: Callable, target: str | Target | None, config: Config, options: dict[str, Any]):
         functools.update_wrapper(self, fun)
         self._explicit = target is not None
-        self._target = Target.resolve(target)
+        self._target = Target.resolve(target, may_be_absent=True)
         self._config = config
         self._options = options
         self._jitted = jax.jit(fun, **options)
@@ -147,19 +149,24 @@ class _Jit:
         lowered, _ = self._lower(args, kwargs)
         self._ready[_signature(args, kwargs)] = compile_lowered(lowered, self._target, self._config)
 
+    def retargeted(self, target: str | Target) -> _Jit:
+        """The same function and options for another target."""
+        return _Jit(self.__wrapped__, target, self._config, self._options)
+
     def _lower(self, args, kwargs):
         _check_arguments(self._jitted, args, kwargs)
         # JAX keeps the module of a function that it lowered, and would hand the rewritten one to others:
         # a function of our own each time gets a module of our own.
         own = jax.jit(_renamed(self.__wrapped__), **self._options)
         with jax.default_device(self._target.device if self._explicit else None):
-            lowered = own.lower(*args, **kwargs)
+            lowered = lower_for(self._target, own, *args, **kwargs)
         return lowered, optimize_lowered(lowered, self._target, self._config)
 
     def _miss(self, *args, **kwargs):
         leaves = jax.tree.leaves((args, kwargs))
         if jax_internals.is_tracing() or any(map(jax_internals.is_tracer, leaves)):
             return self._jitted(*args, **kwargs), None
+        Target.resolve(self._target)
         if (compiled := self._ready.get(_signature(args, kwargs))) is None:
             lowered, _ = self._lower(args, kwargs)
             compiled = compile_lowered(lowered, self._target, self._config)
@@ -234,26 +241,32 @@ def compile(
 
     Args:
         fun_or_model: what `kpx.optimize` or `kpx.jit` takes.
-        *specs: positional inputs: arrays, tensors, or `jax.ShapeDtypeStruct`s.
-        target: the platform to run on.
+        *specs: positional inputs: arrays, tensors, or `jax.ShapeDtypeStruct`s, with shardings over
+            `target.mesh(...)` where the target has several devices; without, one device does everything.
+        target: the machine to compile for, as `tpu-v5e:4x4`: this one, or one that is not here.
         config: what may be done; `Config()` by default.
         **named_specs: named inputs.
 
     Returns:
-        A `Compiled`: callable, and knows its `stablehlo`, `hlo`, `memory`, `cost`, `rewrites`, `kernels`.
+        A `Compiled`: callable where the target is here, and knows its `stablehlo`, `hlo`, `memory`, `cost`,
+        `rewrites`, `kernels`.
 
     Raises:
         InputError: this is not a model, or an input is not one.
         CaptureError, UnsupportedError: the model could not be brought over.
-        CompileError: the target's compiler refused it.
+        TargetError: `target` is not one, or its compiler is not installed.
+        CompileError: the target's compiler refused it; an OutOfMemoryError where it does not fit the device.
     """
     config = resolve(config)
     if (bridge := registry.find(fun_or_model)) is not None:
-        chosen = bridge.resolve_target(target)
+        chosen = bridge.resolve_target(target, may_be_absent=True)
         return bridge.compile(fun_or_model, specs, named_specs, chosen, config)
     if not callable(fun_or_model):
         raise InputError(_not_a_model(fun_or_model))
-    jitted = fun_or_model if isinstance(fun_or_model, _Jit) else jit(fun_or_model, target=target, config=config)
+    if isinstance(fun_or_model, _Jit):
+        jitted = fun_or_model if target is None else fun_or_model.retargeted(target)
+    else:
+        jitted = jit(fun_or_model, target=target, config=config)
     specs, named_specs = jax.tree.map(_struct, (specs, named_specs))
     lowered, context = jitted._lower(specs, named_specs)
     executable = compile_lowered(lowered, jitted._target, config)
@@ -273,6 +286,8 @@ def _checked(executable: jax.stages.Compiled) -> Callable:
     def call(*args, **kwargs):
         try:
             return executable(*args, **kwargs)
+        except KpxError:
+            raise
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"The arguments are not those this was compiled for: {error}\n"

@@ -1,12 +1,14 @@
-"""python -m kpx: the demo and the doctor."""
+"""python -m kpx: the demo, the doctor, targets and compiling."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,42 +19,97 @@ from kpx.errors import KpxError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="kpx", description="Any model, any framework, any chip, one optimizer.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("demo", "real sentences through MiniLM: eager, torch.compile and kpx side by side"),
-        ("doctor", "versions, devices, what is missing and the command that installs it"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--json", action="store_true", help="print JSON for machines, and nothing else")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     # Progress goes to stderr, so that stdout holds the result alone.
     progress, output = Console(stderr=True), Console()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
             warnings.simplefilter("ignore", category=FutureWarning)
-            module = _command(options.command)
-            result = module.run(progress) if options.command == "demo" else module.examine()
+            result, show = options.run(options, progress)
     except KpxError as error:
         progress.print(f"[red]{type(error).__name__}:[/red] {escape(str(error))}", highlight=False)
         return 1
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        module.show(output, result)
-    return 0
+        show(output, result)
+    return int(isinstance(result, list) and any("error" in entry for entry in result))
 
 
-def _command(name: str):
-    if name == "demo":
-        from kpx.observe import demo
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kpx", description="Any model, any framework, any chip, one optimizer.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-        return demo
+    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print JSON for machines, and nothing else")
+        added.set_defaults(run=run)
+        return added
+
+    command("demo", _demo, "real sentences through MiniLM: eager, torch.compile and kpx side by side")
+    doctor = command("doctor", _doctor, "versions, devices, what is missing and the command that installs it")
+    doctor.add_argument(
+        "--install", action="append", metavar="TARGET", help="install the compiler for a target, as tpu"
+    )
+    doctor.add_argument("--print", action="store_true", help="with --install: print the command, and run nothing")
+    command("targets", _targets, "what can be run on here, and what can be compiled for")
+    compiling = command("compile", _compile, "compile a function for targets, here or not: does it fit?")
+    compiling.add_argument("function", help="package.module:function")
+    compiling.add_argument("--targets", required=True, help="comma-separated, as cuda:h100,tpu-v5e:2x2")
+    compiling.add_argument(
+        "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
+    )
+    return parser
+
+
+def _demo(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import demo
+
+    return demo.run(progress), demo.show
+
+
+def _doctor(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    if options.install:
+        return _install(options, progress)
     from kpx.observe import doctor
 
-    return doctor
+    return doctor.examine(), doctor.show
+
+
+def _install(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.hardware import plugins
+    from kpx.hardware.target import Target
+
+    done = []
+    for platform in dict.fromkeys(Target(name).platform for name in options.install):
+        command = plugins.pip_command(platform)
+        if not options.print:
+            plugins.install(platform, lambda text: progress.print(text, highlight=False))
+        done.append({"platform": platform, "command": shlex.join(command), "folder": str(plugins.folder(platform))})
+
+    def show(console: Console, result: list[dict[str, str]]) -> None:
+        for entry in result:
+            text = (
+                entry["command"] if options.print else f"The compiler for {entry['platform']} is in {entry['folder']}."
+            )
+            console.print(escape(text), highlight=False, soft_wrap=True)
+
+    return done, show
+
+
+def _targets(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import listing
+
+    return listing.examine(), listing.show
+
+
+def _compile(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import compiling
+
+    names = [name for name in options.targets.split(",") if name.strip()]
+    return compiling.run(options.function, options.input, names, progress), compiling.show
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class Config:
     """How a model is optimized.
 
     Every field can be overridden by a variable: `KPX_LEVEL`, `KPX_MATMUL_PRECISION`, `KPX_PREPARE`,
-    `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated) and `KPX_CACHE_DIR`.
+    `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
 
     Attributes:
         level: `"none"`: no rewrites at all. `"conservative"`: only those that keep every bit.
@@ -31,6 +31,7 @@ class Config:
         verify_each: verify the module after every single rewrite (slow; finds a faulty one at once).
         disable: names of rewrites to leave out.
         cache_dir: where compiled executables persist (JAX's compilation cache), or None.
+        compile_seconds: how long the compiler of a target that is not on this machine may take.
 
     Raises:
         ConfigError: a field, or a variable, has a value that is not allowed.
@@ -42,6 +43,7 @@ class Config:
     verify_each: bool = False
     disable: tuple[str, ...] = ()
     cache_dir: str | None = None
+    compile_seconds: float = 1800.0
 
     def __post_init__(self):
         _one_of("level", self.level, LEVELS)
@@ -54,6 +56,11 @@ class Config:
         object.__setattr__(self, "disable", tuple(self.disable))
         if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
             raise ConfigError(f"`cache_dir={self.cache_dir!r}` is not a path. Use a folder's path, or None.")
+
+        if isinstance(self.compile_seconds, bool) or not isinstance(self.compile_seconds, (int, float)):
+            raise ConfigError(f"`compile_seconds={self.compile_seconds!r}` is not a number of seconds.")
+        if not self.compile_seconds > 0:
+            raise ConfigError(f"`compile_seconds={self.compile_seconds!r}` is not positive. Give seconds, as 600.")
 
     @classmethod
     def inference(cls, **changes) -> Config:
@@ -109,6 +116,11 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _parsed(variable: str, given: str, name: str) -> Any:
     if name == "disable":
         return tuple(n.strip() for n in given.split(",") if n.strip())
+    if name == "compile_seconds":
+        try:
+            return float(given)
+        except ValueError:
+            raise ConfigError(f"{variable}={given!r} is not a number of seconds. Give one, as 600.") from None
     if name in ("prepare", "verify_each"):
         words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
         if given.lower() not in words:

@@ -31,6 +31,22 @@ class CompileError(KpxError, RuntimeError):
     """A compiler refused the module. Carries the compiler's own words."""
 
 
+class OutOfMemoryError(CompileError):
+    """A program does not fit the device that it was compiled for.
+
+    Attributes:
+        used_bytes: what it needs of one device, by the vendor's compiler.
+        available_bytes: what a device has.
+        buffers: the largest buffers, with `bytes`, `shape`, `operation` and `source`.
+    """
+
+    def __init__(self, message: str, used_bytes: int, available_bytes: int, buffers: tuple = ()):
+        super().__init__(message)
+        self.used_bytes = used_bytes
+        self.available_bytes = available_bytes
+        self.buffers = buffers
+
+
 class RewriteError(KpxError, RuntimeError):
     """A rewrite produced a module that does not verify."""
 

@@ -5,12 +5,15 @@ Written for jax 0.10.2 to 0.11, and tested against what it replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax._src import compiler as _compiler
 from jax._src import core as _core
+from jax._src import hardware_utils as _hardware_utils
 from jax._src import tree_util as _tree_util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.interpreters import pxla as _pxla
@@ -107,6 +110,38 @@ def _fast_path(compiled: Any, outputs: Any) -> Any:
         executable._dispatch_in_layouts,
         constants,
     )
+
+
+def absent_devices(platform: str, name: str, options: Mapping[str, Any]) -> list[jax.Device]:
+    """Devices that are not here, to compile for: a topology's, as the platform's plugin describes it."""
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(topology_name=name, platform=platform, **options).devices)
+
+
+def register_rocm_without_a_gpu() -> None:
+    """Lets the ROCm plugin register, to compile alone, where it finds no GPU."""
+    _hardware_utils.num_available_amd_gpus = lambda *args, **kwargs: 1
+
+
+def compile_module(module: Any, devices: Sequence[jax.Device], options: Mapping[str, str]) -> Any:
+    """A StableHLO module compiled for devices that may be absent, one partition on each, in the order given.
+
+    Returns:
+        jaxlib's Executable: `hlo_modules()`, `get_compiled_memory_stats()`, `cost_analysis()`, `serialize()`.
+    """
+    count = len(devices)
+    assignment = np.array([[d.id for d in devices]])
+    settings = _compiler.get_compile_options(1, count, assignment, env_options_overrides=dict(options))
+    client: Any = devices[0].client
+    build = client.compile if isinstance(client, _jax.CompileOnlyPyClient) else client.compile_and_load
+    return build(module, _jax.DeviceList(tuple(devices)), settings)
+
+
+def serialized(compiled: jax.stages.Compiled) -> bytes:
+    """A compiled function's executable, as its own runtime loads it."""
+    executable: Any = compiled.runtime_executable()
+    return executable.client.serialize_executable(executable)
 
 
 def is_tracer(leaf: Any) -> bool:

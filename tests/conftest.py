@@ -13,5 +13,5 @@ jax.config.update("jax_numpy_dtype_promotion", "standard")
 def _no_kpx_variables(monkeypatch):
     """Tests see the defaults, whatever the shell that runs them has set."""
     for name in list(os.environ):
-        if name.startswith("KPX_"):
+        if name.startswith("KPX_") and name != "KPX_PLUGINS":
             monkeypatch.delenv(name)

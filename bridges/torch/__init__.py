@@ -30,14 +30,14 @@ def accepts(model: Any) -> bool:
     return isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
 
 
-def resolve_target(given: str | Target | None) -> Target:
+def resolve_target(given: str | Target | None, *, may_be_absent: bool = False) -> Target:
     """The target of a name; the CPU, where PyTorch's tensors are, for None.
 
     Whoever called waits for a tensor's values anyway, so JAX's CPU client, where this process has none yet, is
     made to compute in the caller's thread: handing over to another takes tens of microseconds a call.
     """
     compute_in_callers_thread()
-    return Target.resolve("cpu" if given is None else given)
+    return Target.resolve("cpu" if given is None else given, may_be_absent=may_be_absent)
 
 
 def load(path: str | os.PathLike) -> torch.nn.Module:
@@ -104,7 +104,11 @@ def compile(
     config: Config,
 ) -> Compiled:
     """See `kpx.compile`."""
-    optimized = optimize(model, None, None, target, config)
+    if target.is_present:
+        optimized = optimize(model, None, None, target, config)
+    else:
+        module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+        optimized = OptimizedModule(module, target, config)
     return optimized.compile_for([example(a) for a in args], {k: example(v) for k, v in kwargs.items()})
 
 

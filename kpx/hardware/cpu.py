@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
+import platform
 
 
 @functools.cache
@@ -21,7 +23,16 @@ def has_bf16_tiles() -> bool:
     return "amx_bf16" in features()
 
 
-def compiler_options(has_convolutions: bool, has_arctangents: bool) -> dict[str, str]:
+# Instruction sets that XLA:CPU can be kept to, oldest first, with XLA's names for them.
+ISAS = {"sse4_2": "SSE4_2", "avx": "AVX", "avx2": "AVX2", "avx512": "AVX512", "amx": "AMX"}
+
+
+def has_wide_vectors() -> bool:
+    """Whether the CPU computes 512 bits at a time."""
+    return "avx512f" in features()
+
+
+def compiler_options(has_convolutions: bool, has_arctangents: bool, wide_vectors: bool) -> dict[str, str]:
     """XLA:CPU options for a module.
 
     Which ops XLA hands to YNNPACK one by one: products always; sums only where there are no convolutions,
@@ -31,6 +42,24 @@ def compiler_options(has_convolutions: bool, has_arctangents: bool) -> dict[str,
     kinds = ["INDIVIDUAL_DOT"] if has_convolutions else ["INDIVIDUAL_DOT", "REDUCE"]
     options = {"xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)}
     # At 512 bits LLVM miscompiles an arctangent (atan2 with a constant second operand): errors near pi.
-    if "avx512f" in features() and not has_arctangents:
+    if wide_vectors and not has_arctangents:
         options["xla_cpu_prefer_vector_width"] = "512"  # LLVM's default is 256; gelu and shifted sums gain a fifth
     return options
+
+
+def model() -> str:
+    """The CPU's name, as the operating system gives it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory; None where the operating system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

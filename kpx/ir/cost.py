@@ -43,7 +43,7 @@ def cost(module: ir.Module) -> Cost:
     main = m.main(module)
     flops, moved = _region(main, m.functions(module))
     for t in [*main.type.inputs, *main.type.results]:
-        moved += _bytes(t)
+        moved += type_bytes(t)
     return Cost(flops, moved)
 
 
@@ -70,7 +70,7 @@ def _op(op: Any, functions: dict[str, Any]) -> tuple[float, float]:
         return flops * trips, moved * trips
     moved = 0.0
     if isinstance(op, _READS_MEMORY):
-        moved = sum(_bytes(v.type) for v in [*op.operands, *op.results])
+        moved = sum(type_bytes(v.type) for v in [*op.operands, *op.results])
     return _flops(op, kind), moved
 
 
@@ -99,7 +99,8 @@ def _flops(op: Any, kind: str) -> float:
     return float(m.size(op.results[0])) if isinstance(op.results[0].type, ir.RankedTensorType) else 0.0
 
 
-def _bytes(kind: ir.Type) -> float:
+def type_bytes(kind: ir.Type) -> float:
+    """How many bytes a value of a type takes; 0 for what is not an array."""
     if not isinstance(kind, ir.RankedTensorType):
         return 0.0
     total = 1.0

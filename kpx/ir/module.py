@@ -7,13 +7,14 @@ the process, so whoever holds an op holds its module.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import chlo, func, stablehlo
+from jax.extend.mlir.dialects import chlo, func, sdy, stablehlo
 from jax.extend.mlir.passmanager import PassManager
 from jax.interpreters import mlir as jax_mlir
 
@@ -99,9 +100,32 @@ def partitions(module: ir.Module) -> int:
     return attributes["mhlo.num_partitions"].value if "mhlo.num_partitions" in attributes else 1
 
 
+def mesh_axes(module: ir.Module) -> dict[str, int]:
+    """The axes of the mesh that a module is partitioned over, by name; none where it has no mesh of that size."""
+    for op in module.body.operations:
+        if isinstance(op, sdy.MeshOp):
+            axes = {axis.name: axis.size for axis in map(sdy.MeshAxisAttr, sdy.MeshAttr(op.mesh).axes)}
+            if math.prod(axes.values()) == partitions(module):
+                return axes
+    return {}
+
+
+def mesh_shape(module: ir.Module) -> tuple[int, ...]:
+    """The sizes of `mesh_axes`, or one axis over all devices."""
+    return tuple(mesh_axes(module).values()) or (partitions(module),)
+
+
 def entry_block(function: Any) -> ir.Block:
     """The one block of a function."""
     return function.regions[0].blocks[0]
+
+
+def source(op: Any) -> tuple[str, str]:
+    """Where an op, or an argument, comes from: its path of names (`jit(f)/layer/dot_general`), and `file:line`; empty where unknown."""
+    location = op.location
+    text = str(location)
+    place = re.search(r'"([^"]+)":(\d+):\d+', text)
+    return location.name_str if isinstance(location, ir.NameLoc) else "", f"{place[1]}:{place[2]}" if place else ""
 
 
 def walk(operation: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import mark_weights, split
 from kpx.pipeline import Context, no_collections, optimize_module
+from kpx.runtime.absent import AbsentExecutable, compile_absent
 from kpx.runtime.compiled import Compiled
 
 
@@ -27,12 +28,24 @@ def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config
     return context
 
 
-def compile_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> jax.stages.Compiled:
+def lower_for(target: Target, jitted: Any, *args, **kwargs) -> jax.stages.Lowered:
+    """A jitted function lowered for a target: for a machine that is not here, as its platform would have it."""
+    if target.is_present:
+        return jitted.lower(*args, **kwargs)
+    return jitted.trace(*args, **kwargs).lower(lowering_platforms=(target.platform,))
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, target: Target, config: Config
+) -> jax.stages.Compiled | AbsentExecutable:
     """Compiles a lowered function for a target.
 
     Raises:
         CompileError: the target's compiler refused it; its words are in the error.
+        TargetError: (a target that is not here) its compiler is not installed.
     """
+    if not target.is_present:
+        return compile_absent(lowered.compiler_ir("stablehlo"), target, config)
     _persist(config)
     try:
         return lowered.compile(compiler_options=target.compiler_options(lowered.compiler_ir("stablehlo")))
@@ -82,7 +95,7 @@ class ModelProgram:
         """
         with jax.default_device(target.device), jax.enable_x64(x64 or jax.config.jax_enable_x64):
             structs = [[_struct(a) for a in group] for group in (weights, inputs)]
-            lowered = jax.jit(function, keep_unused=True).lower(*structs)
+            lowered = lower_for(target, jax.jit(function, keep_unused=True), *structs)
             module = lowered.compiler_ir("stablehlo")
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
@@ -99,24 +112,31 @@ class ModelProgram:
             if halves.prepare is not None:
                 given = [structs[0][i] for i in self.prepare_weights]
                 prepare = jax.jit(call_module(halves.prepare)).lower(*given)
-                self._prepare = compile_lowered(prepare, target, config)
+                if target.is_present:
+                    self._prepare = compile_lowered(prepare, target, config)
                 prepared = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in jax.tree.leaves(prepare.out_info)]
             else:
                 prepared = []
-            run = jax.jit(call_module(halves.run), keep_unused=True).lower(
-                *prepared, *(structs[0][i] for i in self.kept_weights), *structs[1]
-            )
+            kept = (structs[0][i] for i in self.kept_weights)
+            run = lower_for(target, jax.jit(call_module(halves.run), keep_unused=True), *prepared, *kept, *structs[1])
             self.executable = compile_lowered(run, target, config)
+        self._is_present = target.is_present
         self.held: list[jax.Array] = []
         self.compiled = Compiled(self.run, self.executable, halves.run, context, target, prepare_module=halves.prepare)
 
     def load(self, weights: Sequence[jax.Array]) -> None:
-        """Prepares weights, and holds what a call needs of them."""
+        """Prepares weights, and holds what a call needs of them; nothing for a target that is not here."""
+        if not self._is_present:
+            return
         prepared = [] if self._prepare is None else self._prepare(*(weights[i] for i in self.prepare_weights))
         self.held = [*prepared, *(weights[i] for i in self.kept_weights)]
 
     def run(self, *inputs: jax.Array) -> list[jax.Array]:
-        """The outputs for inputs, with the weights loaded last."""
+        """The outputs for inputs, with the weights loaded last.
+
+        Raises:
+            TargetError: the program is for a machine that is not here.
+        """
         return self.executable(*self.held, *inputs)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +14,29 @@ import jax
 from kpx.hardware.target import Target
 from kpx.ir import cost as ir_cost
 from kpx.ir import module as m
+from kpx.jax_internals import serialized
 from kpx.pipeline import Context
+from kpx.runtime.absent import AbsentExecutable
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What an executable needs, in bytes, by its compiler's own account."""
+    """What an executable needs of one device, in bytes, by its compiler's own account.
+
+    Attributes:
+        device_bytes: what a device has; None where the spec table does not know it (the CPU).
+    """
 
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
     peak_bytes: int
+    device_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the device's memory; None where that is not known."""
+        return None if self.device_bytes is None else self.peak_bytes <= self.device_bytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Cost:
 
 
 class Compiled:
-    """A compiled model or function.
+    """A compiled model or function: what is known about it, and, where its target is on this machine, the call.
 
     Calling it takes what the function or model takes, at the shapes and dtypes it was compiled for.
 
@@ -51,7 +65,7 @@ class Compiled:
     def __init__(
         self,
         call: Callable,
-        executable: jax.stages.Compiled,
+        executable: jax.stages.Compiled | AbsentExecutable,
         module: Any,
         context: Context,
         target: Target,
@@ -80,6 +94,31 @@ class Compiled:
         """The compiler's own optimized program, as text."""
         return self._executable.as_text() or ""
 
+    @property
+    def target(self) -> Target:
+        """What it was compiled for."""
+        return self._target
+
+    @property
+    def compile_seconds(self) -> dict[str, float]:
+        """(A target that is not here) how long its compiler took, and what was around it."""
+        return dict(self._executable.seconds) if isinstance(self._executable, AbsentExecutable) else {}
+
+    def save(self, path: str | os.PathLike) -> int:
+        """Writes the vendor's executable to a file; gives its bytes.
+
+        It is what the plugin's runtime loads: for the same kind and number of devices, and the same plugin's version.
+
+        Raises:
+            CompileError: the plugin cannot serialize.
+        """
+        if isinstance(self._executable, AbsentExecutable):
+            contents = self._executable.serialize()
+        else:
+            contents = serialized(self._executable)
+        pathlib.Path(path).write_bytes(contents)
+        return len(contents)
+
     @functools.cached_property
     def memory(self) -> Memory:
         """See `Memory`."""
@@ -87,8 +126,9 @@ class Compiled:
         arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
         temporary = stats.temp_size_in_bytes
         total = arguments + outputs + temporary - stats.alias_size_in_bytes
-        peak = getattr(stats, "peak_memory_in_bytes", 0) or total
-        return Memory(arguments, outputs, temporary, peak)
+        peak = max(getattr(stats, "peak_memory_in_bytes", 0), total)  # the CPU's leaves temporaries out
+        spec = self._target.spec
+        return Memory(arguments, outputs, temporary, peak, spec and spec.memory)
 
     @functools.cached_property
     def cost(self) -> Cost:
@@ -114,4 +154,4 @@ class Compiled:
 
     def __repr__(self):
         applied = sum(self.rewrites.values())
-        return f"<kpx.Compiled for {self._target.platform}: {applied} rewrites, {len(self.kernels)} kernels>"
+        return f"<kpx.Compiled for {self._target}: {applied} rewrites, {len(self.kernels)} kernels>"

@@ -1,6 +1,7 @@
 """python -m kpx."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -60,3 +61,76 @@ def test_the_demo_gives_embeddings_like_eagers(capsys, monkeypatch):
 
 def _refuse(**inputs):
     raise RuntimeError("planted")
+
+
+def test_targets_lists_what_runs_here_and_what_compiles(capsys):
+    assert main(["targets", "--json"]) == 0
+    found = {t["target"]: t for t in json.loads(capsys.readouterr().out)}
+    assert found["cpu"]["can"] == "run"
+    assert found["cpu"]["memory_bytes"] > 1 << 30
+    assert {"f32", "f64"} <= set(found["cpu"]["dtypes"])
+    for name in ("cuda:h100", "rocm:mi300", "tpu-v5e:1x1"):
+        assert found[name]["can"] == "compile"
+        assert re.match(r"(libtpu|jax-\w+-pjrt) \d", found[name]["plugin"])
+
+
+def test_targets_says_how_to_add_a_compiler(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("KPX_PLUGINS", str(tmp_path))
+    assert main(["targets"]) == 0
+    assert "python -m kpx doctor --install tpu" in capsys.readouterr().out
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of a user's, in the current folder."""
+    (tmp_path / "users_module.py").write_text(
+        "import jax.numpy as jnp\n"
+        "def f(x, w):\n    return jnp.tanh(x @ w)\n"
+        "def case():\n    return f, jnp.ones((4, 8)), jnp.ones((8, 2))\n"
+        "def bare():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield "users_module"
+    sys.modules.pop("users_module", None)
+
+
+def test_a_function_is_compiled_for_targets_by_its_described_inputs(capsys, module):
+    inputs = ["--input", "f32[4,8]", "--input", "f32[8, 2]"]
+    assert main(["compile", f"{module}:f", "--targets", "cpu,cuda:h100,tpu-v5e", *inputs, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [r["target"] for r in results] == ["cpu", "cuda:h100", "tpu-v5e:1x1"]
+    assert [r["memory"]["argument_bytes"] for r in results[:2]] == [4 * (32 + 16)] * 2
+    assert [r["memory"]["fits"] for r in results] == [None, True, True]
+
+
+def test_a_function_may_bring_its_own_inputs(capsys, module):
+    assert main(["compile", f"{module}:case", "--targets", "cpu:avx2"]) == 0
+    assert "192 B" in capsys.readouterr().out
+
+
+def test_a_target_that_fails_leaves_the_others_their_results(capsys, module):
+    assert main(["compile", f"{module}:case", "--targets", "xpu:pvc,cpu", "--json"]) == 1
+    refused, compiled = json.loads(capsys.readouterr().out)
+    assert "cannot be compiled for yet" in refused["error"]
+    assert compiled["memory"]["argument_bytes"] == 192
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["nowhere:f"], "cannot be found"), (["users_module:g"], "cannot be found"), (["users_module"], "package.module:function"),
+    (["users_module:bare"], "it must give a tuple"), (["users_module:f", "--input", "f33[4]"], "does not describe an array"),
+])  # fmt: skip
+def test_what_cannot_be_compiled_is_named(arguments, says, capsys, module):
+    assert main(["compile", *arguments, "--targets", "cpu"]) == 1
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_doctor_prints_what_installs_a_compiler(capsys):
+    assert main(["doctor", "--install", "tpu-v5e:2x2", "--install", "rocm", "--print"]) == 0
+    tpu, rocm = capsys.readouterr().out.splitlines()
+    assert re.search(r"pip install .*--no-deps 'libtpu==", tpu)
+    assert re.search(r"jax-rocm7-pjrt==\d.* jax-rocm7-plugin==\d", rocm)
+
+
+def test_doctor_installs_nothing_for_the_cpu(capsys):
+    assert main(["doctor", "--install", "cpu"]) == 1
+    assert "no plugin for `cpu`" in capsys.readouterr().err

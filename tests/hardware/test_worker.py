@@ -1,0 +1,146 @@
+"""Compilers in processes of their own: what they give, and what becomes of those that abort, hang or will not stop talking."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kpx
+from kpx.hardware import plugins, worker
+from kpx.hardware.worker import Worker
+
+
+def f(x, w):
+    return jnp.tanh(x @ w)
+
+
+X, W = jax.ShapeDtypeStruct((128, 256), jnp.float32), jax.ShapeDtypeStruct((256, 512), jnp.float32)
+AVX2 = kpx.Target("cpu:avx2")
+
+
+def _module() -> str:
+    return jax.jit(f).lower(X, W).as_text()
+
+
+def _request(**changes):
+    request = {"do": "compile", "module": _module(), "topology": "", "topology_options": {}, "mesh": (), "slices": 1}
+    return request | {"options": {}} | changes
+
+
+@pytest.fixture
+def cpu_worker():
+    made = Worker("cpu", {}, [], [])
+    yield made
+    made.close()
+
+
+def test_a_worker_is_used_again(cpu_worker):
+    first = cpu_worker.ask(_request(), 60)
+    process = cpu_worker._running[0].pid
+    second = cpu_worker.ask(_request(), 60)
+    assert cpu_worker._running[0].pid == process
+    assert (first["id"], second["id"]) == (1, 2)
+
+
+def test_a_compiler_that_is_killed_is_a_compile_error_and_the_next_compile_works(cpu_worker):
+    cpu_worker.ask(_request(), 60)
+    os.kill(cpu_worker._running[0].pid, signal.SIGSTOP)  # so that it cannot answer before it is ended
+    pid = cpu_worker._running[0].pid
+    threading.Timer(0.3, os.kill, (pid, signal.SIGABRT)).start()
+    threading.Timer(0.4, os.kill, (pid, signal.SIGCONT)).start()
+    with pytest.raises(kpx.CompileError, match=r"aborted: its process was ended by SIGABRT.*the next compile"):
+        cpu_worker.ask(_request(), 60)
+    assert "HloModule" in cpu_worker.ask(_request(), 60)["hlo"]
+
+
+def test_a_compiler_that_hangs_is_stopped_at_the_limit(cpu_worker):
+    cpu_worker.ask(_request(), 60)
+    os.kill(cpu_worker._running[0].pid, signal.SIGSTOP)
+    with pytest.raises(kpx.CompileError, match=r"had not ended after 0\.5 seconds.*compile_seconds"):
+        cpu_worker.ask(_request(), 0.5)
+    assert "HloModule" in cpu_worker.ask(_request(), 60)["hlo"]
+
+
+def test_an_error_carries_the_compilers_words(cpu_worker):
+    with pytest.raises(kpx.CompileError, match="KpxError: This is not a valid StableHLO module"):
+        cpu_worker.ask(_request(module="nonsense"), 60)
+    assert "HloModule" in cpu_worker.ask(_request(), 60)["hlo"]
+
+
+def test_a_compiler_that_prints_a_megabyte_compiles_all_the_same():
+    talkative = Worker("cpu", {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_MAX_VLOG_LEVEL": "3"}, [], [])
+    try:
+        while os.path.getsize(talkative._log) < 1 << 20:
+            assert "HloModule" in talkative.ask(_request(), 60)["hlo"]
+        assert "HloModule" in talkative.ask(_request(), 60)["hlo"]
+        os.kill(talkative._running[0].pid, signal.SIGSTOP)
+        with pytest.raises(kpx.CompileError) as caught:
+            talkative.ask(_request(), 0.5)
+        assert 200 < len(str(caught.value)) < 8000  # its last words, and no more
+    finally:
+        talkative.close()
+
+
+def test_progress_is_told_while_a_compiler_works(cpu_worker):
+    cpu_worker.ask(_request(), 60)
+    told = []
+    os.kill(cpu_worker._running[0].pid, signal.SIGSTOP)
+    threading.Timer(0.7, os.kill, (cpu_worker._running[0].pid, signal.SIGCONT)).start()
+    cpu_worker.ask(_request(), 60, lambda seconds, held: told.append((seconds, held)))
+    assert len(told) >= 2
+    assert told[-1][0] > told[0][0]
+    assert told[0][1] > 1 << 20
+
+
+def test_threads_that_compile_at_once_all_get_their_own():
+    sizes = [64, 128, 192]
+    found = {}
+
+    def compile_one(n):
+        x = jax.ShapeDtypeStruct((n, n), jnp.float32)
+        found[n] = kpx.compile(lambda x: x + 1, x, target=AVX2).memory.argument_bytes
+
+    threads = [threading.Thread(target=compile_one, args=(n,)) for n in sizes]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert found == {n: 4 * n * n for n in sizes}
+
+
+def test_a_process_ends_with_its_parent():
+    code = (
+        "import kpx, jax\n"
+        "from kpx.hardware import worker\n"
+        "w = worker.worker(kpx.Target('cpu:avx2'))\n"
+        "print(w._process()[0].pid)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pid = int(done.stdout.split()[-1])
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+def test_a_missing_compiler_names_the_command_that_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("KPX_PLUGINS", str(tmp_path))
+    monkeypatch.setattr(worker, "_WORKERS", {})
+    with pytest.raises(kpx.TargetError, match="`python -m kpx doctor --install tpu`"):
+        kpx.compile(f, X, W, target="tpu-v5e:2x2")
+
+
+def test_a_plugin_without_wheels_for_this_python_says_so():
+    if plugins.plugin("xpu").python <= sys.version_info[:2]:
+        pytest.skip("this Python has them")
+    with pytest.raises(kpx.TargetError, match=r"wheels for Python 3\.12 and later"):
+        plugins.pip_command("xpu")
