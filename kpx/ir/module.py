@@ -122,10 +122,14 @@ def entry_block(function: Any) -> ir.Block:
 
 def source(op: Any) -> tuple[str, str]:
     """Where an op, or an argument, comes from: its path of names (`jit(f)/layer/dot_general`), and `file:line`; empty where unknown."""
+    place = re.search(r'"([^"]+)":(\d+):\d+', str(op.location))
+    return source_path(op), f"{place[1]}:{place[2]}" if place else ""
+
+
+def source_path(op: Any) -> str:
+    """The path of names that an op comes from (`jit(f)/layer/dot_general`); empty where unknown."""
     location = op.location
-    text = str(location)
-    place = re.search(r'"([^"]+)":(\d+):\d+', text)
-    return location.name_str if isinstance(location, ir.NameLoc) else "", f"{place[1]}:{place[2]}" if place else ""
+    return location.name_str if isinstance(location, ir.NameLoc) else ""
 
 
 def walk(operation: Any) -> Iterator[Any]:
@@ -202,12 +206,27 @@ def _inline(call: Any, callee: Any) -> None:
     block = entry_block(callee)
     body = list(block.operations)
     new = dict(zip(block.arguments, call.operands, strict=True))
+    path = source_path(call)
     with ir.InsertionPoint(call):
         for op in body[:-1]:
-            new.update(zip(op.results, clone(op, new).results, strict=True))
+            copied = clone(op, new)
+            _name_below(path, copied)
+            new.update(zip(op.results, copied.results, strict=True))
     for result, returned in zip(call.results, body[-1].operands, strict=True):
         result.replace_all_uses_with(new[returned])
     call.operation.erase()
+
+
+def _name_below(path: str, op: Any) -> None:
+    """Puts a call's path before those of an op and of what is in it: names in a callee are its own."""
+    if not path:
+        return
+    for inner in (op, *walk(op)):
+        location = inner.location
+        if isinstance(location, ir.NameLoc):
+            inner.location = ir.Location.name(f"{path}/{location.name_str}", location.child_loc)
+        else:
+            inner.location = ir.Location.name(path, location)
 
 
 def clone(op: Any, new: dict[Value, Value]) -> Any:

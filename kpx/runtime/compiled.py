@@ -11,9 +11,12 @@ from typing import Any
 
 import jax
 
+from kpx.hardware import links, roofline
 from kpx.hardware.target import Target
 from kpx.ir import cost as ir_cost
+from kpx.ir import hlo_cost
 from kpx.ir import module as m
+from kpx.ir.hlo import Program
 from kpx.jax_internals import serialized
 from kpx.pipeline import Context
 from kpx.runtime.absent import AbsentExecutable
@@ -41,11 +44,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call computes and moves, and how long the target would take at its peak (a model)."""
+    """What a call computes and moves on each device, and how long the target would take at its peak (a model).
+
+    For a target that is not here: each instruction of its compiler's program takes as long as the longer of computing
+    at the peak of its element type and moving its bytes at full bandwidth; exchanges between devices come on top,
+    as if nothing ran beside them (`kpx.hardware.links`). Loops count as often as they run.
+
+    Attributes:
+        product_flops: those of matrix products and convolutions; None for a target that is here.
+        exchange_seconds: what exchanges are of the predicted time.
+    """
 
     flops: float
     bytes: float
     predicted_seconds: float
+    product_flops: float | None = None
+    exchange_seconds: float = 0.0
 
 
 class Compiled:
@@ -132,9 +146,33 @@ class Compiled:
 
     @functools.cached_property
     def cost(self) -> Cost:
-        """See `Cost`; the first access measures the target's peak."""
+        """See `Cost`; the first access measures the peak of a target that is here."""
+        if isinstance(self._executable, AbsentExecutable) and self._target.spec is not None:
+            return self._modelled()
         counted = ir_cost.cost(self._module)
         return Cost(counted.flops, counted.bytes, counted.seconds(*self._target.peak()))
+
+    @functools.cached_property
+    def work(self) -> list[hlo_cost.Work]:
+        """What each instruction of the compiler's program does on a device, and how often."""
+        return hlo_cost.work(Program(self.hlo), m.mesh_axes(self._module))
+
+    @property
+    def collectives(self) -> list[hlo_cost.Collective]:
+        """Exchanges between devices: kind, bytes, mesh axes, and how often, loops included."""
+        return [w.collective for w in self.work if w.collective is not None]
+
+    def _modelled(self) -> Cost:
+        flops = products = moved = busy = sent = 0.0
+        for w in self.work:
+            flops, products, moved = (
+                flops + w.flops * w.count,
+                products + w.product_flops * w.count,
+                moved + w.bytes * w.count,
+            )
+            busy += roofline.seconds(w, self._target) * w.count
+            sent += links.seconds(w.collective, self._target) * w.count if w.collective else 0.0
+        return Cost(flops, moved, busy + sent, products, sent)
 
     @property
     def rewrites(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kpx
+from bench.cases import CASES
 
 TARGETS = ["tpu-v5e:2x2", "tpu-v6e:2x2", "tpu-v5p:2x2x1", "tpu-v7x:2x2x1", "cuda:h100", "cuda:h200x8", "cuda:b200",
            "rocm:mi300x8", "cpu:avx2"]  # fmt: skip
@@ -52,6 +53,47 @@ def test_a_sharded_steps_arguments_are_a_devices_share(name):
     data = target.device_count // 2
     assert compiled.memory.argument_bytes == 2 * (6 * 128 * 128 // 2 + 64 * 128 // data)
     assert re.search(r"all-reduce|reduce-scatter", compiled.hlo)
+
+
+@pytest.mark.parametrize("name", [t for t in TARGETS if not t.startswith("cpu")])
+def test_a_loops_products_count_as_often_as_it_runs(name):
+    target = kpx.Target(name)
+    cost = kpx.compile(jax.grad(loss), *_specs(target), target=target).cost
+    # The gradient by the weights alone: the first layer's input needs none.
+    assert cost.product_flops * target.device_count == pytest.approx(2 * 64 * 128 * 128 * (6 + 6 + 6), rel=0.02)
+    assert cost.predicted_seconds > cost.exchange_seconds >= 0
+    assert (cost.exchange_seconds > 0) == (target.device_count > 1)
+
+
+@pytest.mark.parametrize("name", ["tpu-v5e:2x2", "tpu-v7x:2x2x1", "cuda:h200x8", "rocm:mi300x8"])
+def test_collectives_are_told_with_axes_and_counts(name):
+    target = kpx.Target(name)
+    compiled = kpx.compile(jax.grad(loss), *_specs(target), target=target)
+    found = {(c.kind, c.axes, c.count) for c in compiled.collectives}
+    assert any("model" in axes and count == 6 for _, axes, count in found)
+    assert any("data" in axes for _, axes, _ in found)
+    assert all(c.operation.startswith("jit(loss)/") for c in compiled.collectives if c.operation)
+
+
+def _transformer_flops(case: str, config, batch: int, length: int) -> int:
+    """The products of a forward pass, by hand: projections, attention over every pair, and the head or pooler."""
+    h, i, tokens = config.hidden_size, config.intermediate_size, batch * length
+    attention = 2 * 2 * batch * length * length * h
+    if case == "bert":
+        return config.num_hidden_layers * (2 * tokens * (4 * h * h + 2 * h * i) + attention) + 2 * batch * h * h
+    kv = h * config.num_key_value_heads // config.num_attention_heads
+    layer = 2 * tokens * (2 * h * h + 2 * h * kv + 3 * h * i) + attention
+    return config.num_hidden_layers * layer + 2 * tokens * h * config.vocab_size
+
+
+@pytest.mark.parametrize("case", ["bert", "llama"])
+@pytest.mark.models
+def test_a_models_products_are_those_counted_by_hand(case):
+    model, inputs = CASES[case].make()
+    wanted = _transformer_flops(case, model.config, *inputs["input_ids"].shape)
+    for name in ("tpu-v5e", "tpu-v6e", "tpu-v5p", "cuda:h100", "cuda:h200", "cuda:b200", "rocm:mi300"):
+        cost = kpx.compile(model, target=name, **inputs).cost
+        assert cost.product_flops == pytest.approx(wanted, rel=0.02), name
 
 
 @pytest.mark.parametrize("name", ["tpu-v5e", "cuda:h100", "rocm:mi300"])
