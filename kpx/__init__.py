@@ -26,6 +26,8 @@ from kpx.errors import (
 )
 from kpx.hardware.detect import targets
 from kpx.hardware.target import Target
+from kpx.observe.compare import compare
+from kpx.observe.explain import explain
 from kpx.runtime.compiled import Compiled
 
 __all__ = [
@@ -45,7 +47,9 @@ __all__ = [
     "Target",
     "TargetError",
     "UnsupportedError",
+    "compare",
     "compile",
+    "explain",
     "jit",
     "optimize",
     "targets",

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
     else:
         show(output, result)
-    return int(isinstance(result, list) and any("error" in entry for entry in result))
+    entries = result.get("targets", ()) if isinstance(result, dict) else result
+    return int(any(entry.get("error") for entry in entries))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,12 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--print", action="store_true", help="with --install: print the command, and run nothing")
     command("targets", _targets, "what can be run on here, and what can be compiled for")
-    compiling = command("compile", _compile, "compile a function for targets, here or not: does it fit?")
-    compiling.add_argument("function", help="package.module:function")
-    compiling.add_argument("--targets", required=True, help="comma-separated, as cuda:h100,tpu-v5e:2x2")
-    compiling.add_argument(
-        "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
-    )
+    for name, run, text in (
+        ("compile", _compile, "compile a function for targets, here or not: does it fit?"),
+        ("explain", _explain, "where its time would go on targets, and what would help"),
+        ("compare", _compare, "targets side by side: predicted time, memory, dollars"),
+    ):
+        added = command(name, run, text)
+        added.add_argument("function", help="package.module:function")
+        added.add_argument("--targets", required=True, help="comma-separated, as cuda:h100,tpu-v5e:2x2")
+        added.add_argument(
+            "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
+        )
+        if name == "compare":
+            added.add_argument("--samples", type=int, help="a call's; by default the first input's first dimension")
+            added.add_argument("--sort", default="seconds", choices=("seconds", "dollars", "memory"))
     return parser
 
 
@@ -108,8 +117,32 @@ def _targets(options: argparse.Namespace, progress: Console) -> tuple[Any, Calla
 def _compile(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
     from kpx.observe import compiling
 
-    names = [name for name in options.targets.split(",") if name.strip()]
-    return compiling.run(options.function, options.input, names, progress), compiling.show
+    return compiling.run(options.function, options.input, _names(options), progress), compiling.show
+
+
+def _explain(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import compiling
+    from kpx.observe.explain import explain
+
+    fun, specs = compiling.load(options.function, options.input)
+    with compiling.telling(progress) as tell:
+        found = explain(fun, *specs, targets=_names(options), progress=tell)
+    return found.to_dict(), lambda console, _: console.print(found)
+
+
+def _compare(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import compiling
+    from kpx.observe.compare import compare
+
+    fun, specs = compiling.load(options.function, options.input)
+    given = {"samples": options.samples, "sort": options.sort}
+    with compiling.telling(progress) as tell:
+        found = compare(fun, *specs, targets=_names(options), progress=tell, **given)
+    return found.to_dict(), lambda console, _: console.print(found)
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in options.targets.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from kpx.hardware.chips import Chip
 from kpx.hardware.target import Target
 from kpx.ir.hlo_cost import Work
 
@@ -12,11 +15,40 @@ _OPEN_F32 = {"tpu": "bf16", "cuda": "tf32"}
 
 def seconds(work: Work, target: Target) -> float:
     """The time of one run of an instruction, exchanges left out."""
-    chip = target.spec
-    if chip is None:
+    return max(compute_seconds(work, target), memory_seconds(work, target))
+
+
+def total_seconds(works: Iterable[Work], target: Target) -> float:
+    """The time of all, exchanges left out: prefetches show where they outlast what is bound by computing."""
+    busy = hidden = prefetched = 0.0
+    for w in works:
+        if w.is_prefetch:
+            prefetched += memory_seconds(w, target) * w.count
+        else:
+            busy += seconds(w, target) * w.count
+            hidden += max(compute_seconds(w, target) - memory_seconds(w, target), 0.0) * w.count
+    return busy + max(prefetched - hidden, 0.0)
+
+
+def bound(work: Work, target: Target) -> str:
+    """`compute` or `memory`: what an instruction takes its time for."""
+    return "compute" if compute_seconds(work, target) > memory_seconds(work, target) else "memory"
+
+
+def compute_seconds(work: Work, target: Target) -> float:
+    """The time of its products at the peak of their element type."""
+    return work.product_flops / _chip(target).peak(element(work, target)) if work.product_flops else 0.0
+
+
+def memory_seconds(work: Work, target: Target) -> float:
+    """The time of its bytes at the memory's bandwidth."""
+    return work.bytes / _chip(target).bandwidth
+
+
+def _chip(target: Target) -> Chip:
+    if (chip := target.spec) is None:
         raise ValueError(f"{target} has no figures in the spec table")
-    busy = work.product_flops / chip.peak(element(work, target)) if work.product_flops else 0.0
-    return max(busy, work.bytes / chip.bandwidth)
+    return chip
 
 
 def element(work: Work, target: Target) -> str:

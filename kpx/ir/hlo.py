@@ -112,8 +112,10 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
         entry, name, lines = None, None, []
+        self._frames = _Frames()
         for line in text.splitlines():
             if name is None:
+                self._frames.read(line)
                 header = _HEADER.match(line)
                 if header and " -> " in line:
                     name, lines = header[2], []
@@ -124,6 +126,11 @@ class Program:
             else:
                 lines.append(line)
         self.entry = self.computations[entry] if entry else Computation("", ())
+
+    def source(self, instruction: Instruction) -> tuple[str, str]:
+        """The function that an instruction was written in, and `file:line`; empty where its compiler does not say."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        return self._frames.source(int(found[1])) if found else ("", "")
 
     def trip_count(self, loop: Instruction, within: Computation) -> int:
         """How often a while loop's body runs: as its compiler says, or by its counter; 1 where neither tells."""
@@ -159,6 +166,31 @@ class Program:
             return 0
         index = read.numbers("index")
         return _constant(within, given.operands[index[0]]) or 0 if index else 0
+
+
+class _Frames:
+    """The tables of source places in front of a module's computations."""
+
+    def __init__(self):
+        self._table = ""
+        self._names: dict[tuple[str, int], str] = {}
+        self._numbers: dict[tuple[str, int], dict[str, int]] = {}
+
+    def read(self, line: str) -> None:
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            self._table = line
+        elif self._table and (named := re.match(r'(\d+) "(.*)"$', line)):
+            self._names[self._table, int(named[1])] = named[2]
+        elif self._table and (numbered := re.match(r"(\d+) \{(.*)\}$", line)):
+            pairs = re.findall(r"(\w+)=(\d+)", numbered[2])
+            self._numbers[self._table, int(numbered[1])] = {name: int(n) for name, n in pairs}
+
+    def source(self, frame: int) -> tuple[str, str]:
+        place = self._numbers.get(("StackFrames", frame), {}).get("file_location_id", 0)
+        location = self._numbers.get(("FileLocations", place), {})
+        file = self._names.get(("FileNames", location.get("file_name_id", 0)), "")
+        function = self._names.get(("FunctionNames", location.get("function_name_id", 0)), "")
+        return function, f"{file}:{location.get('line', 0)}" if file else ""
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(")

@@ -17,13 +17,14 @@ from kpx.ir.hlo import Array, Computation, Instruction, Program
 
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "copy-done", "async-update", "async-done", "call-done", "all-gather-done", "all-reduce-done", "recv-done",
-    "collective-permute-done", "send-done", "add-dependency", "domain", "iota", "get-dimension-size",
+    "opt-barrier", "async-update",
+    "add-dependency", "domain", "iota", "get-dimension-size",
 }  # fmt: skip
 _MOVES = _FREE | {
-    "copy", "copy-start", "transpose", "reshape", "broadcast", "slice", "dynamic-slice", "dynamic-update-slice", "pad",
+    "copy", "transpose", "reshape", "broadcast", "slice", "dynamic-slice", "dynamic-update-slice", "pad",
     "concatenate", "gather", "reverse", "convert", "bitcast-convert", "custom-call", "infeed", "outfeed", "send", "recv",
 }  # fmt: skip
+_PREFETCHES = {"copy-start", "slice-start", "dynamic-slice-start"}
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
@@ -61,23 +62,27 @@ class Work:
         instruction: its name in the program.
         opcode: HLO's.
         operation: the path of names that it comes from.
+        source: the function that it was written in, and `file:line`.
         flops: all its operations; a multiplication and an addition count as two.
         product_flops: those of matrix products and convolutions.
         element: the element type that its products take, with the precision asked for (`f32:highest`).
         bytes: what it reads and writes of the device's memory; a fusion's inner values are not moved.
         count: how often it runs.
         collective: what it sends, or None.
+        is_prefetch: whether it is a copy that runs beside what follows it.
     """
 
     instruction: str
     opcode: str
     operation: str
+    source: tuple[str, str]
     flops: float
     product_flops: float
     element: str
     bytes: float
     count: int
     collective: Collective | None = None
+    is_prefetch: bool = False
 
 
 def work(program: Program, mesh: Mapping[str, int] | None = None) -> list[Work]:
@@ -122,9 +127,23 @@ class _Walk:
             yield self._sent(i, within, count)
         elif i.opcode == "fusion" and called:
             yield from self._fusion(i, within, called[0], count)
-        elif i.opcode not in _FREE:
+        elif i.opcode in _PREFETCHES:
+            user = _user(i, within)
+            yield Work(i.name, i.opcode, user.operation, self._program.source(user), 0.0, 0.0, "", _moved(i, within),
+                       count, is_prefetch=True)  # fmt: skip
+        elif i.opcode not in _FREE and not i.opcode.endswith("-done"):
             flops, product, element = self._flops(i, within)
-            yield Work(i.name, i.opcode, i.operation, flops, product, element, _moved(i, within), count)
+            yield Work(
+                i.name,
+                i.opcode,
+                i.operation,
+                self._program.source(i),
+                flops,
+                product,
+                element,
+                _moved(i, within),
+                count,
+            )
 
     def _fusion(self, i: Instruction, within: Computation, inner: Computation, count: int) -> Iterator[Work]:
         flops = product = 0.0
@@ -136,7 +155,10 @@ class _Walk:
             flops, product = flops + f, product + p
             element = e or element
         moved = _fusion_moved(i, within, inner)
-        yield Work(i.name, i.opcode, i.operation or inner.root.operation, flops, product, element, moved, count)
+        named = i if i.operation else inner.root
+        yield Work(
+            i.name, i.opcode, named.operation, self._program.source(named), flops, product, element, moved, count
+        )
 
     def _fused_collective(self, j: Instruction, fusion: Instruction, inner: Computation, count: int) -> Iterator[Work]:
         starts = any('"AsyncCollectiveStart"' in k.attributes for k in inner.instructions)
@@ -176,7 +198,7 @@ class _Walk:
         axes = _axes(group, self._mesh)
         operation = i.operation or operation
         sent = Collective(kind, sum(a.bytes for a in whole), axes, tuple(group), count, operation)
-        return Work(i.name, i.opcode, operation, 0.0, 0.0, "", 0.0, count, sent)
+        return Work(i.name, i.opcode, operation, self._program.source(i), 0.0, 0.0, "", 0.0, count, sent)
 
 
 # Products --------------------------------------------------------------------------------------
@@ -279,8 +301,21 @@ def _moved(i: Instruction, within: Computation) -> float:
         return 2.0 * _device_bytes(update)
     if i.opcode == "copy-start":
         return float(sum(map(_device_bytes, i.results[:2])))
+    if i.opcode in _PREFETCHES:  # its results are what it slices, and then the slice
+        return float(i.results[len(i.operands)].bytes if len(i.results) > len(i.operands) else 0)
     read = sum(_device_bytes(_operand(i, within, n)) for n in range(len(i.operands)))
     return float(read + written)
+
+
+def _user(i: Instruction, within: Computation) -> Instruction:
+    """Who uses what an instruction without a name of its own prepares: the first with a name, behind copies."""
+    current = i
+    while not current.operation:
+        user = next((j for j in within.instructions if current.name in j.operands), None)
+        if user is None or user.opcode in ("tuple", "while"):
+            return i
+        current = user
+    return current
 
 
 def _fusion_moved(i: Instruction, within: Computation, inner: Computation) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from rich.table import Table
 from kpx.api import compile as compile_for
 from kpx.errors import InputError, KpxError
 from kpx.hardware.target import Target
+from kpx.observe.explain_table import size
 from kpx.runtime.absent import PROGRESS
 
 _DTYPES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
@@ -75,20 +77,35 @@ def run(name: str, inputs: Sequence[str], targets: Sequence[str], progress: Cons
     """What each target's compiler says; where one refuses, its error in the place of the rest."""
     fun, specs = load(name, inputs)
     results = []
-    for target in map(Target, targets):
-        with progress.status(f"compiling for {target}") as status:
-
-            def tell(seconds: float, held: int, status=status, target=target) -> None:
-                status.update(f"compiling for {target}: {seconds:.0f} s, {held / 2**30:.1f} GiB")
-
-            token = PROGRESS.set(tell)
+    with telling(progress) as tell:
+        for target in map(Target, targets):
+            tell(target)
             try:
                 results.append(_described(compile_for(fun, *specs, target=target)))
             except KpxError as error:
                 results.append({"target": str(target), "error": f"{type(error).__name__}: {error}"})
-            finally:
-                PROGRESS.reset(token)
     return results
+
+
+@contextlib.contextmanager
+def telling(progress: Console) -> Iterator[Callable[[Target], None]]:
+    """Shows which target is compiled for, how long it has taken, and what its compiler holds."""
+    current = ""
+    with progress.status("tracing") as status:
+
+        def begin(target: Target) -> None:
+            nonlocal current
+            current = f"compiling for {target}"
+            status.update(current)
+
+        def tell(seconds: float, held: int) -> None:
+            status.update(f"{current}: {seconds:.0f} s, {held / 2**30:.1f} GiB")
+
+        token = PROGRESS.set(tell)
+        try:
+            yield begin
+        finally:
+            PROGRESS.reset(token)
 
 
 def _described(compiled: Any) -> dict[str, Any]:
@@ -113,7 +130,7 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
             table.add_row(result["target"], *["-"] * 8)
             continue
         memory, fits = result["memory"], {True: "yes", False: "[red]no[/red]", None: "?"}
-        sizes = [_size(memory[f"{kind}_bytes"]) for kind in ("argument", "output", "temp", "peak", "device")]
+        sizes = [size(memory[f"{kind}_bytes"]) for kind in ("argument", "output", "temp", "peak", "device")]
         seconds = result["seconds"].get("compile")
         took = "-" if seconds is None else f"{seconds:.1f} s"
         table.add_row(result["target"], *sizes, fits[memory["fits"]], str(sum(result["rewrites"].values())), took)
@@ -123,10 +140,3 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
             console.print(
                 f"[red]{escape(result['target'])}[/red]: {escape(result['error'])}", highlight=False, soft_wrap=True
             )
-
-
-def _size(n: int | None) -> str:
-    if n is None:
-        return "?"
-    unit = next(u for u in (30, 20, 10, 0) if n >> u or not u)
-    return f"{n / (1 << unit):.4g} {({30: 'GiB', 20: 'MiB', 10: 'KiB', 0: 'B'})[unit]}"

@@ -48,7 +48,7 @@ class Cost:
 
     For a target that is not here: each instruction of its compiler's program takes as long as the longer of computing
     at the peak of its element type and moving its bytes at full bandwidth; exchanges between devices come on top,
-    as if nothing ran beside them (`kpx.hardware.links`). Loops count as often as they run.
+    as if nothing ran beside them (`kpx.hardware.links`). Prefetches hide behind what is bound by computing. Loops count as often as they run.
 
     Attributes:
         product_flops: those of matrix products and convolutions; None for a target that is here.
@@ -163,16 +163,15 @@ class Compiled:
         return [w.collective for w in self.work if w.collective is not None]
 
     def _modelled(self) -> Cost:
-        flops = products = moved = busy = sent = 0.0
+        flops = products = moved = sent = 0.0
         for w in self.work:
             flops, products, moved = (
                 flops + w.flops * w.count,
                 products + w.product_flops * w.count,
                 moved + w.bytes * w.count,
             )
-            busy += roofline.seconds(w, self._target) * w.count
             sent += links.seconds(w.collective, self._target) * w.count if w.collective else 0.0
-        return Cost(flops, moved, busy + sent, products, sent)
+        return Cost(flops, moved, roofline.total_seconds(self.work, self._target) + sent, products, sent)
 
     @property
     def rewrites(self) -> dict[str, int]:

@@ -134,3 +134,12 @@ def test_doctor_prints_what_installs_a_compiler(capsys):
 def test_doctor_installs_nothing_for_the_cpu(capsys):
     assert main(["doctor", "--install", "cpu"]) == 1
     assert "no plugin for `cpu`" in capsys.readouterr().err
+
+
+def test_a_function_is_explained_and_compared(capsys, module):
+    assert main(["explain", f"{module}:case", "--targets", "cuda:h100,tpu-v5e", "--json"]) == 0
+    assert [t["target"] for t in json.loads(capsys.readouterr().out)["targets"]] == ["cuda:h100", "tpu-v5e:1x1"]
+    assert main(["compare", f"{module}:case", "--targets", "cuda:h100,xpu:pvc", "--sort", "dollars"]) == 1
+    out = capsys.readouterr().out
+    assert "4 samples a call" in out
+    assert "cannot be compiled for yet" in out
