@@ -29,7 +29,8 @@ class Row:
         seconds: predicted for a call.
         peak_bytes, fits: the memory of a device.
         dollars_per_million: samples, at the price and date given; None without a price.
-        price: dollars an hour of all its devices, with the source and date.
+        dollars_per_hour: of all its devices; None where no price is known.
+        price: whose price it is, and of when.
         error: why it could not be compiled for.
     """
 
@@ -39,6 +40,7 @@ class Row:
     peak_bytes: int | None
     fits: bool | None
     dollars_per_million: float | None
+    dollars_per_hour: float | None
     price: str
     error: str = ""
 
@@ -58,24 +60,20 @@ class Comparison:
 
     def __rich__(self) -> Group:
         table = Table(title=f"{self.name}, {self.samples} samples a call, predicted")
-        for column in (
-            "target",
-            "devices",
-            "time of a call",
-            "peak memory",
-            "fits",
-            "dollars a million samples",
-            "price",
-        ):
-            table.add_column(column, justify="left" if column in ("target", "price") else "right")
+        for column in ("target", "devices", "time", "peak memory", "fits", "$ a million samples", "$ an hour"):
+            left = column == "target"
+            table.add_column(column, justify="left" if left else "right", no_wrap=left)
         for row in self.rows:
             fits = {True: "yes", False: "no", None: "-"}[row.fits]
             time = "-" if row.seconds is None else duration(row.seconds)
             dollars = "-" if row.dollars_per_million is None else f"{row.dollars_per_million:.4g}"
             memory = "-" if row.peak_bytes is None else size(row.peak_bytes)
-            table.add_row(row.target, str(row.devices), time, memory, fits, dollars, row.price)
+            hourly = "-" if row.dollars_per_hour is None else f"{row.dollars_per_hour:.2f}"
+            table.add_row(row.target, str(row.devices), time, memory, fits, dollars, hourly)
+        prices = "; ".join(f"{row.target}: {row.price}" for row in self.rows if row.price)
         errors = [Text(f"{row.target}: {row.error}") for row in self.rows if row.error]
-        return Group(table, *errors, Text("A model, not a measurement: " + " ".join(ASSUMPTIONS), style="dim"))
+        listed = Text(f"List prices, yours differ (prices.toml): {prices}." if prices else "No prices are known.")
+        return Group(table, listed, *errors, Text("A model, not a measurement: " + " ".join(ASSUMPTIONS), style="dim"))
 
     def __str__(self) -> str:
         return as_text(self)
@@ -137,9 +135,10 @@ def _row(report: Report, samples: int) -> Row:
     price = chip.price if chip else None
     per_chip = chip.devices_per_chip if chip else 1
     hourly = price.dollars_per_hour * target.device_count / per_chip if price else None
-    words = f"{hourly:.2f} $/h: {price.source}, {price.date}" if price else "unknown: see prices.toml"
+    words = f"{price.source}, {price.date}" if price else ""
     if report.error or report.memory is None:
-        return Row(target.text, target.device_count, None, None, None, None, words, report.error)
+        return Row(target.text, target.device_count, None, None, None, None, hourly, words, report.error)
     dollars = None if hourly is None else hourly / 3600 * report.seconds / samples * 1e6
     memory = report.memory
-    return Row(target.text, target.device_count, report.seconds, memory.peak_bytes, memory.fits, dollars, words)
+    peak, fits = memory.peak_bytes, memory.fits
+    return Row(target.text, target.device_count, report.seconds, peak, fits, dollars, hourly, words)

@@ -169,7 +169,7 @@ def test_targets_are_compared_by_time_memory_and_dollars(tmp_path, monkeypatch):
     assert rows["cuda:h100"].dollars_per_million == pytest.approx(3.6 / 3600 * rows["cuda:h100"].seconds / 64 * 1e6)
     assert rows["tpu-v7x:1x1x1"].dollars_per_million is None
     assert "2026-11-01" in rows["cuda:h100"].price
-    assert "dollars a million" in str(found)
+    assert "$ a million samples" in str(found)
     by_time = kpx.compare(lambda x: x @ x.T, x, targets=["tpu-v5e", "cuda:h100"])
     assert [r.seconds for r in by_time.rows] == sorted(r.seconds for r in by_time.rows)
 
