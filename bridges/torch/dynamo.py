@@ -32,6 +32,7 @@ from kpx.config import Config, resolve
 from kpx.errors import InputError, UnsupportedError
 from kpx.hardware.target import Target
 from kpx.jax_internals import compute_in_callers_thread
+from kpx.runtime.memory import keep_freed
 
 
 class _Program:
@@ -73,6 +74,8 @@ def compile_graph(
     Raises:
         UnsupportedError: an op has no rule.
     """
+    if backward:
+        keep_freed()
     outputs = Outputs(graph, backward)
     function = as_jax_function(outputs.graph)
     needs_key = is_random(outputs.graph)

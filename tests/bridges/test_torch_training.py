@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kpx
 from kpx.bridges.torch.dynamo import backend, differentiable
+from kpx.runtime.memory import keep_freed
 
 F = torch.nn.functional
 
@@ -367,3 +368,14 @@ def test_gradients_at_ties_and_kinks_are_pytorchs(function):
 
     ours = differentiable(lambda leaf: tuple(torch.utils._pytree.tree_leaves(function(leaf, *arguments))))
     torch.testing.assert_close(gradient(lambda leaf, *_: ours(leaf)), gradient(function), rtol=1e-4, atol=1e-5)
+
+
+def test_training_keeps_the_memory_that_a_step_frees():
+    keep_freed.cache_clear()
+    model = torch.nn.Linear(4, 2)
+    trained = kpx.optimize(model, training=True)
+    with torch.no_grad():
+        trained(torch.ones(3, 4))
+    assert keep_freed.cache_info().currsize == 0
+    trained(torch.ones(3, 4)).sum().backward()
+    assert keep_freed.cache_info().currsize == 1
