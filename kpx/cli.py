@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
         )
+        if name == "explain":
+            added.add_argument("--html", metavar="FILE", help="write a page for a browser, too")
         if name == "compare":
             added.add_argument("--samples", type=int, help="a call's; by default the first input's first dimension")
             added.add_argument("--sort", default="seconds", choices=("seconds", "dollars", "memory"))
@@ -127,6 +129,8 @@ def _explain(options: argparse.Namespace, progress: Console) -> tuple[Any, Calla
     fun, specs = compiling.load(options.function, options.input)
     with compiling.telling(progress) as tell:
         found = explain(fun, *specs, targets=_names(options), progress=tell)
+    if options.html:
+        progress.print(f"The page is {found.to_html(options.html)}.", highlight=False)
     return found.to_dict(), lambda console, _: console.print(found)
 
 

@@ -86,8 +86,16 @@ class Compiler:
             inside, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
             return list(mesh_utils.create_hybrid_device_mesh(inside, between, devices).flat)
         if slices == 1 and math.prod(shape) == len(devices):
-            return list(np.asarray(mesh_utils.create_device_mesh(shape, devices)).flat)
+            return list(np.asarray(_physical(shape, devices)).flat)
         return devices
+
+
+def _physical(shape: tuple[int, ...], devices: list[jax.Device]) -> Any:
+    """Devices in the order of a mesh, each axis along whole dimensions of the torus where they allow it."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _forget_peak() -> None:

@@ -117,6 +117,7 @@ def _described(compiled: Any) -> dict[str, Any]:
         "rewrites": compiled.rewrites,
         "kernels": compiled.kernels,
         "seconds": compiled.compile_seconds,
+        "remarks": list(compiled.remarks),
     }
 
 
@@ -136,6 +137,8 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
         table.add_row(result["target"], *sizes, fits[memory["fits"]], str(sum(result["rewrites"].values())), took)
     console.print(table)
     for result in results:
+        for remark in result.get("remarks", ()):
+            console.print(f"{result['target']}: {remark}", highlight=False, soft_wrap=True)
         if "error" in result:
             console.print(
                 f"[red]{escape(result['target'])}[/red]: {escape(result['error'])}", highlight=False, soft_wrap=True

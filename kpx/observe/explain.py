@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from kpx.api import compile as compile_for
 from kpx.config import Config
 from kpx.errors import InputError, KpxError
 from kpx.hardware import links, roofline
+from kpx.hardware.chips import Chip
 from kpx.hardware.target import Target
 from kpx.ir.hlo_cost import Work
 from kpx.runtime.compiled import Compiled, Memory
@@ -100,6 +103,7 @@ class Report:
     reverted: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     collectives: tuple[dict[str, Any], ...] = ()
+    remarks: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -116,6 +120,12 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it. Seconds are seconds, memory is bytes."""
         return {"name": self.name, "assumptions": list(ASSUMPTIONS), "targets": [_report_dict(r) for r in self.reports]}
+
+    def to_html(self, path: str | os.PathLike) -> pathlib.Path:
+        """Writes a page for a browser, usable with no network: time by module, roofline, memory, targets compared."""
+        from kpx.observe import page
+
+        return page.write(self.to_dict(), path)
 
     def __rich__(self):
         from kpx.observe.explain_table import render
@@ -202,7 +212,7 @@ def report(compiled: Compiled) -> Report:
     return Report(
         target, cost.predicted_seconds, bounds["compute"], bounds["memory"], cost.exchange_seconds, cost.flops,
         cost.bytes, compiled.memory, ordered, tuple(advice(compiled)), compiled.rewrites, compiled.reverted,
-        compiled.kernels, tuple(dataclasses.asdict(c) for c in compiled.collectives),
+        compiled.kernels, tuple(dataclasses.asdict(c) for c in compiled.collectives), compiled.remarks,
     )  # fmt: skip
 
 
@@ -335,14 +345,23 @@ def _larger_batch(works: Sequence[Work], target: Target) -> list[Advice]:
     ]
 
 
+def _spec_dict(chip: Chip) -> dict[str, Any]:
+    return {"name": chip.name, "peaks": dict(chip.peaks), "bandwidth": chip.bandwidth, "memory": chip.memory}
+
+
 def _report_dict(report: Report) -> dict[str, Any]:
     if report.error:
         return {"target": str(report.target), "error": report.error}
     found = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name not in ("error", "groups")}
     memory = report.memory
     groups = [dataclasses.asdict(g) | {"bound": g.bound} for g in report.groups]
+    chip = report.target.spec
+    price = chip.price if chip else None
+    hourly = price.dollars_per_hour * report.target.device_count / chip.devices_per_chip if price and chip else None
     return found | {
         "target": str(report.target),
+        "spec": _spec_dict(chip) if chip else None,
+        "dollars_per_hour": hourly,
         "devices": report.target.device_count,
         "memory": None if memory is None else dataclasses.asdict(memory) | {"fits": memory.fits},
         "groups": groups,

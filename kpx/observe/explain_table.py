@@ -99,6 +99,7 @@ def _summary(report: Report) -> Text:
         f"Memory: {size(memory.peak_bytes)} of {size(memory.device_bytes)}, {fits}." if memory else "",
         f"{sum(report.rewrites.values())} rewrites."
         + (f" Taken back: {', '.join(report.reverted)}." if report.reverted else ""),
+        *report.remarks,
         "Kernels: " + ", ".join(f"{k} as {v}" for k, v in report.kernels.items()) + "." if report.kernels else "",
     ]
     return Text(" ".join(filter(None, parts)))

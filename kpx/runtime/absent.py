@@ -43,7 +43,10 @@ class AbsentExecutable:
         seconds: how long the worker took: `prepare` (topology, parsing), `compile` (the vendor's own), `describe`.
         compiler_peak_bytes: the most memory that the worker held while it compiled.
         device_kind: what the vendor calls the device.
+        remarks: what had to be done differently than usual.
     """
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, answer: Mapping[str, Any], request: dict[str, Any], target: Target, limit_s: float):
         self._answer, self._request, self._target, self._limit_s = dict(answer), request, target, limit_s
@@ -114,10 +117,29 @@ def compile_absent(module: Any, target: Target, config: Config) -> AbsentExecuta
         "options": target.compiler_options(module),
     }
     try:
-        answer = workers.worker(target).ask(dict(request), config.compile_seconds, PROGRESS.get())
+        return _ask(request, target, config)
     except CompileError as error:
-        raise (_out_of_memory(str(error), module, target) or _refused(str(error), target)) from None
-    return AbsentExecutable(answer, request, target, config.compile_seconds)
+        if _UNTILED not in str(error):
+            raise (_out_of_memory(str(error), module, target) or _refused(str(error), target)) from None
+    # A fault of XLA's fusions of products on GPUs, at shapes that its tiles do not divide.
+    request["options"] = {**request["options"], "xla_gpu_enable_triton_gemm": False}
+    try:
+        executable = _ask(request, target, config)
+    except CompileError as error:
+        raise _refused(str(error), target) from None
+    executable.remarks = (
+        "XLA could not tile a product that it had fused, so that products were left to the vendor's library "
+        "(xla_gpu_enable_triton_gemm=False).",
+    )
+    return executable
+
+
+_UNTILED = "Couldn't find output tile sizes"
+
+
+def _ask(request: dict[str, Any], target: Target, config: Config) -> AbsentExecutable:
+    answer = workers.worker(target).ask(dict(request), config.compile_seconds, PROGRESS.get())
+    return AbsentExecutable(answer, dict(request), target, config.compile_seconds)
 
 
 def _topology(target: Target) -> tuple[str, dict[str, Any]]:

@@ -118,6 +118,11 @@ class Compiled:
         """(A target that is not here) how long its compiler took, and what was around it."""
         return dict(self._executable.seconds) if isinstance(self._executable, AbsentExecutable) else {}
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What had to be done differently than usual, so that its compiler would take the program."""
+        return self._executable.remarks if isinstance(self._executable, AbsentExecutable) else ()
+
     def save(self, path: str | os.PathLike) -> int:
         """Writes the vendor's executable to a file; gives its bytes.
 

@@ -127,6 +127,13 @@ def test_a_pytorch_model_compiles_for(name):
         compiled(torch.ones(4, 64))
 
 
+def test_a_product_that_cannot_be_tiled_is_left_to_the_library_and_said():
+    model, inputs = CASES["vit"].make(small=True)
+    compiled = kpx.compile(model, target="rocm:mi300", **inputs)
+    assert "__cublas$" in compiled.hlo  # XLA's name for any vendor's
+    assert "xla_gpu_enable_triton_gemm=False" in compiled.remarks[0]
+
+
 def test_an_absent_targets_function_compiles_and_does_not_run():
     jitted = kpx.jit(loss, target="tpu-v5e")
     with pytest.raises(kpx.TargetError, match=r"is not on this machine.*kpx\.compile"):
