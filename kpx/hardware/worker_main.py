@@ -14,6 +14,7 @@ import pathlib
 import resource
 import sys
 import time
+import uuid
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,11 +34,10 @@ class Compiler:
 
     def __init__(self, platform: str):
         self._platform = platform
-        self._executables: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._count = 0
+        self._executables: collections.OrderedDict[str, Any] = collections.OrderedDict()
 
     def compile(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Compiles a module; gives what is known of the executable, and a number to ask for it by."""
+        """Compiles a module; gives what is known of the executable, and a name to ask for it by."""
         started = time.perf_counter()
         _forget_peak()
         devices = self._devices(request)
@@ -49,12 +49,12 @@ class Compiler:
         names = ("argument", "output", "temp", "alias", "generated_code")
         memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in names}
         memory["peak"] = getattr(stats, "peak_memory_in_bytes", 0)
-        self._count += 1
-        self._executables[self._count] = executable
+        name = uuid.uuid4().hex  # another worker's names must not be taken for these
+        self._executables[name] = executable
         while len(self._executables) > _KEPT:
             self._executables.popitem(last=False)
         return {
-            "id": self._count,
+            "id": name,
             "hlo": "\n\n".join(part.to_string() for part in executable.hlo_modules()),
             "memory": memory,
             "device_ids": [d.id for d in devices],

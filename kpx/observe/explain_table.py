@@ -55,9 +55,9 @@ def render(explanation: Explanation) -> Group:
 
 def as_text(renderable: Any) -> str:
     """What a terminal of 120 columns would show."""
-    console = Console(file=io.StringIO(), width=120)
-    console.print(renderable)
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
+    text = io.StringIO()
+    Console(file=text, width=120).print(renderable)
+    return text.getvalue()
 
 
 def _report(name: str, report: Report) -> list[Any]:

@@ -45,7 +45,7 @@ def test_a_worker_is_used_again(cpu_worker):
     process = cpu_worker._running[0].pid
     second = cpu_worker.ask(_request(), 60)
     assert cpu_worker._running[0].pid == process
-    assert (first["id"], second["id"]) == (1, 2)
+    assert first["id"] != second["id"]
 
 
 def test_a_compiler_that_is_killed_is_a_compile_error_and_the_next_compile_works(cpu_worker):
@@ -65,6 +65,13 @@ def test_a_compiler_that_hangs_is_stopped_at_the_limit(cpu_worker):
     with pytest.raises(kpx.CompileError, match=r"had not ended after 0\.5 seconds.*compile_seconds"):
         cpu_worker.ask(_request(), 0.5)
     assert "HloModule" in cpu_worker.ask(_request(), 60)["hlo"]
+
+
+def test_an_executable_of_a_worker_that_ended_is_not_taken_for_another(cpu_worker):
+    first = cpu_worker.ask(_request(), 60)
+    cpu_worker.stop()
+    cpu_worker.ask(_request(), 60)
+    assert cpu_worker.ask({"do": "serialize", "id": first["id"]}, 60) == {"bytes": None}
 
 
 def test_an_error_carries_the_compilers_words(cpu_worker):
