@@ -91,7 +91,7 @@ def _transformer_flops(case: str, config, batch: int, length: int) -> int:
 def test_a_models_products_are_those_counted_by_hand(case):
     model, inputs = CASES[case].make()
     wanted = _transformer_flops(case, model.config, *inputs["input_ids"].shape)
-    for name in ("tpu-v5e", "tpu-v6e", "tpu-v5p", "cuda:h100", "cuda:h200", "cuda:b200", "rocm:mi300"):
+    for name in ("tpu-v5e", "cuda:h100", "rocm:mi300"):
         cost = kpx.compile(model, target=name, **inputs).cost
         assert cost.product_flops == pytest.approx(wanted, rel=0.02), name
 
