@@ -16,8 +16,8 @@ _BRIDGES = {"torch": "kpx.bridges.torch", "flax": "kpx.bridges.flax"}
 def find(model: Any) -> ModuleType | None:
     """The bridge module that accepts a model, or None.
 
-    A bridge has `accepts(model)`, `resolve_target(given, may_be_absent=False)`, `optimize(model, example_inputs, example_kwargs,
-    target, config)` and `compile(model, args, kwargs, target, config)`.
+    A bridge has `accepts(model)`, `resolve_target(given, may_be_absent=False)`, `optimize(model, example_inputs,
+    example_kwargs, target, config)` and `compile(model, args, kwargs, target, config)`.
     """
     outside = {e.name: e.value for e in entry_points(group="kpx.bridges")}
     for framework, path in (outside | _BRIDGES).items():

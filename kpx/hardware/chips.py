@@ -52,7 +52,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars for a device's hour, whose price it is, and when it was looked up."""
+    """Dollars for a chip's hour, whose price it is, and when it was looked up."""
 
     dollars_per_hour: float
     source: str

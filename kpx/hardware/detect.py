@@ -89,7 +89,7 @@ def _absent() -> list[Available]:
     found = []
     for chip in chips.chips().values():
         if chip.platform == "xpu":
-            continue  # see worker.worker
+            continue  # not compiled for yet where it is absent
         usable = plugins.find(chip.platform) is not None
         target = Target(f"tpu-{chip.key}" if chip.platform == "tpu" else f"{chip.platform}:{chip.key}")
         install = None if usable else plugins.install_command(chip.platform)

@@ -119,6 +119,13 @@ class Target:
         per_chip = self.spec.devices_per_chip if self.spec else 1
         return math.prod(self.shape) * self.slices * per_chip
 
+    @property
+    def dollars_per_hour(self) -> float | None:
+        """What all its chips cost together; None where no price is known."""
+        chip = self.spec
+        price = chip.price if chip else None
+        return price.dollars_per_hour * self.device_count / chip.devices_per_chip if chip and price else None
+
     def mesh(self, **axes: int) -> jax.sharding.AbstractMesh:
         """A mesh over its devices, for `in_shardings`: `target.mesh(data=8, model=4)`.
 

@@ -133,8 +133,7 @@ def _row(report: Report, samples: int) -> Row:
     target = report.target
     chip = target.spec
     price = chip.price if chip else None
-    per_chip = chip.devices_per_chip if chip else 1
-    hourly = price.dollars_per_hour * target.device_count / per_chip if price else None
+    hourly = target.dollars_per_hour
     words = f"{price.source}, {price.date}" if price else ""
     if report.error or report.memory is None:
         return Row(target.text, target.device_count, None, None, None, None, hourly, words, report.error)

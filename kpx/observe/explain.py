@@ -356,12 +356,10 @@ def _report_dict(report: Report) -> dict[str, Any]:
     memory = report.memory
     groups = [dataclasses.asdict(g) | {"bound": g.bound} for g in report.groups]
     chip = report.target.spec
-    price = chip.price if chip else None
-    hourly = price.dollars_per_hour * report.target.device_count / chip.devices_per_chip if price and chip else None
     return found | {
         "target": str(report.target),
         "spec": _spec_dict(chip) if chip else None,
-        "dollars_per_hour": hourly,
+        "dollars_per_hour": report.target.dollars_per_hour,
         "devices": report.target.device_count,
         "memory": None if memory is None else dataclasses.asdict(memory) | {"fits": memory.fits},
         "groups": groups,
