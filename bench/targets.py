@@ -21,9 +21,11 @@ from rich.table import Table
 import kpx
 from bench import llama
 from bench.cases import CASES
+from kpx.hardware import plugins
 
 TARGETS = ("tpu-v5e:2x2", "tpu-v6e:2x2", "tpu-v5p:2x2x1", "cuda:h100", "cuda:h200x8", "cuda:b200", "rocm:mi300x8")
 POD = {"tpu-v5p:8x8x8": (512, 4096), "cuda:h100:32x8": (256, 4096)}  # batch and length
+EXPERIMENTAL = ("xpu:pvc",)  # where its compiler is installed
 _SMALL = llama.Sizes(width=256, hidden=512, layers=4, heads=8, kv_heads=2, vocabulary=1024)
 
 
@@ -70,7 +72,10 @@ def run(small: bool, pod: bool, progress: Console) -> dict[str, dict[str, Any]]:
             progress.print(f"a training step of 1.24 billion parameters for {name}")
             found[name] = {"llama 1B training step": training_case(name, llama.Sizes(), batch, length, 4)}
         return found
-    for name in TARGETS:
+    for name in (*TARGETS, *EXPERIMENTAL):
+        if name in EXPERIMENTAL and plugins.find(kpx.Target(name).platform) is None:
+            found[name] = {"all": {"not run": "its compiler is not installed"}}
+            continue
         progress.print(f"compiling for {name}")
         found[name] = {case: model_case(name, case, small) for case in CASES}
         found[name]["training step"] = training_case(name, _SMALL, 16, 128, 2)
@@ -84,8 +89,8 @@ def show(console: Console, found: dict[str, dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column in ("target", "case") else "right")
     for name, rows in found.items():
         for case, row in rows.items():
-            if "error" in row:
-                table.add_row(name, case, row["error"][:80])
+            if "error" in row or "not run" in row:
+                table.add_row(name, case, row["error"][:80] if "error" in row else f"not run: {row['not run']}")
                 continue
             hand = row.get("flops by hand")
             table.add_row(

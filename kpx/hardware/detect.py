@@ -88,8 +88,6 @@ def _described(platform: str, kind: str, devices: list[jax.Device]) -> Available
 def _absent() -> list[Available]:
     found = []
     for chip in chips.chips().values():
-        if chip.platform == "xpu":
-            continue  # not compiled for yet where it is absent
         usable = plugins.find(chip.platform) is not None
         target = Target(f"tpu-{chip.key}" if chip.platform == "tpu" else f"{chip.platform}:{chip.key}")
         install = None if usable else plugins.install_command(chip.platform)

@@ -18,7 +18,7 @@ def topology(chip: Chip, hosts: int, each: int) -> tuple[str, dict]:
 def target_config(chip: Chip) -> str:
     """The device as XLA's `stream_executor.GpuTargetConfigProto`, in text form."""
     c = chip.compiler
-    platform = chip.platform.upper()
+    platform, prefix = ("SYCL", "oneapi") if chip.platform == "xpu" else (chip.platform.upper(), chip.platform)
     capability = " ".join(f"{name}: {json.dumps(value)}" for name, value in c["capability"].items())
     return f"""
 gpu_device_info {{
@@ -30,7 +30,7 @@ gpu_device_info {{
   memory_bandwidth: {int(chip.bandwidth)} l2_cache_size: {c["l2"]} clock_rate_ghz: {chip.clock / 1e9}
   device_memory_size: {chip.memory}
   registers_per_core_limit: {c["registers"]} registers_per_block_limit: {c["registers"]}
-  {chip.platform}_compute_capability {{ {capability} }}
+  {prefix}_compute_capability {{ {capability} }}
 }}
 platform_name: "{platform}"
 dnn_version_info {{ major: 9 minor: 10 }}

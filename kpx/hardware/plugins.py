@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import jax
 
 from kpx.errors import TargetError
-from kpx.hardware import rocm_stubs
+from kpx.hardware import stubs, xpu
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Plugin:
         packages: what pip installs it from, for the version of JAX that is here.
         module: a module of it, by which it is found.
         size: roughly what it takes on disk, in megabytes.
-        python: the first version of Python that it has wheels for.
-        dependencies: whether what its packages need is installed, too.
+        jax: the version of JAX that it belongs to.
+        apart: whether it needs a Python environment of its own.
     """
 
     platform: str
     packages: tuple[str, ...]
     module: str
     size: int
-    python: tuple[int, int] = (3, 11)
-    dependencies: bool = False
+    jax: str = jax.__version__
+    apart: bool = False
 
 
 def plugin(platform: str) -> Plugin:
@@ -60,7 +60,7 @@ def plugin(platform: str) -> Plugin:
             "rocm", (f"jax-rocm7-pjrt=={version}", f"jax-rocm7-plugin=={version}"), "jax_plugins.xla_rocm7", 490
         ),
         "xpu": Plugin(
-            "xpu", (f"jax-oneapi-plugin[with-oneapi]=={version}",), "jax_plugins.xla_oneapi", 3300, (3, 12), True
+            "xpu", (f"jax-oneapi-plugin[with-oneapi]=={xpu.JAX}",), "jax_plugins.xla_oneapi", 3300, xpu.JAX, apart=True
         ),
     }
     if platform not in known:
@@ -80,17 +80,24 @@ def folder(platform: str) -> pathlib.Path:
     """Where `install` puts a platform's plugin: under `KPX_PLUGINS`, or the user's data folder."""
     base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
     root = os.environ.get("KPX_PLUGINS") or os.path.join(base, "kpx", "plugins")
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return pathlib.Path(root) / f"{platform}-jax{jax.__version__}-{python}"
+    wanted = plugin(platform)
+    python = "" if wanted.apart else f"-py{sys.version_info.major}{sys.version_info.minor}"
+    return pathlib.Path(root) / f"{platform}-jax{wanted.jax}{python}"
 
 
 def find(platform: str) -> list[str] | None:
     """The folders to put before a worker's path, so that it finds the plugin; None where there is no plugin."""
-    module = plugin(platform).module
-    ours = folder(platform)
-    if ours.is_dir() and _has(module, [str(ours)]):
+    wanted = plugin(platform)
+    ours = xpu.site_packages(folder(platform)) if wanted.apart else folder(platform)
+    if ours is not None and ours.is_dir() and _has(wanted.module, [str(ours)]):
         return [str(ours)]
-    return [] if _has(module, sys.path) else None
+    return [] if _has(wanted.module, sys.path) else None
+
+
+def python(platform: str) -> str:
+    """The Python that a platform's worker runs under."""
+    apart = plugin(platform).apart and find(platform)
+    return str(xpu.environment_python(folder(platform))) if apart else sys.executable
 
 
 def _has(module: str, path: list[str]) -> bool:
@@ -110,44 +117,49 @@ def install_command(platform: str) -> str:
 
 
 def pip_command(platform: str) -> list[str]:
-    """What `install` has pip do.
-
-    Raises:
-        TargetError: this Python is too old for the plugin.
-    """
+    """What `install` has pip do."""
     wanted = plugin(platform)
-    if sys.version_info < wanted.python:
-        needs = ".".join(map(str, wanted.python))
-        raise TargetError(
-            f"The plugin for `{platform}` has wheels for Python {needs} and later, and this is Python "
-            f"{sys.version.split()[0]}. Make an environment with Python {needs}, install kpx-xla there, and run "
-            f"`{install_command(platform)}` in it."
-        )
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--upgrade", "--target"]
-    return [*command, str(folder(platform)), *([] if wanted.dependencies else ["--no-deps"]), *wanted.packages]
+    pip = ["-m", "pip", "install", "--disable-pip-version-check", "--upgrade"]
+    if wanted.apart:
+        packages = [*wanted.packages, f"jax=={wanted.jax}", *xpu.requirements()]
+        return [str(xpu.environment_python(folder(platform))), *pip, *packages]
+    return [sys.executable, *pip, "--target", str(folder(platform)), "--no-deps", *wanted.packages]
 
 
 def install(platform: str, progress: Callable[[str], None]) -> pathlib.Path:
     """Installs a platform's plugin into kpx's own folder.
 
     Raises:
-        TargetError: pip failed, with its words; or the stubs that ROCm needs could not be made.
+        TargetError: pip failed, with its words; there is no Python that the plugin has wheels for; or the stub
+            libraries that it needs could not be made.
     """
-    progress(f"installing the compiler for {platform}, about {plugin(platform).size} MB")
-    done = subprocess.run(pip_command(platform), capture_output=True, text=True)
-    if done.returncode:
-        words = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise TargetError(f"pip could not install {', '.join(plugin(platform).packages)}:\n{words}")
-    if platform == "rocm":
-        progress("making the stub libraries that ROCm's compiler needs to load")
-        stubs()
+    wanted = plugin(platform)
+    if wanted.apart and not xpu.environment_python(folder(platform)).exists():
+        _run([xpu.python(), "-m", "venv", str(folder(platform))], "make an environment")
+    progress(f"installing the compiler for {platform}, about {wanted.size} MB")
+    _run(pip_command(platform), f"install {', '.join(wanted.packages)}")
+    if platform in ("rocm", "xpu"):
+        progress("making the stub libraries that it needs to load")
+        drivers(platform)
     return folder(platform)
 
 
-def stubs() -> list[pathlib.Path]:
-    """The stub libraries that ROCm's plugin needs here, made where they are not; none where ROCm is installed."""
-    places = [pathlib.Path(p) for p in (find("rocm") or sys.path)]
-    patterns = ("jax_plugins/xla_rocm7/*.so", "jax_rocm7_plugin/*.so")
-    libraries = [so for place in places for pattern in patterns for so in sorted(place.glob(pattern))]
-    target = folder("rocm") / "stubs"
-    return rocm_stubs.built(target) or rocm_stubs.build(libraries, target)
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        words = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise TargetError(f"`{pathlib.Path(command[0]).name} {' '.join(command[1:4])}` could not {what}:\n{words}")
+
+
+def drivers(platform: str) -> list[pathlib.Path]:
+    """The stub libraries that a platform's plugin needs here, made where they are not; none where it needs none."""
+    if platform == "rocm":
+        places = [pathlib.Path(p) for p in (find("rocm") or sys.path)]
+        patterns = ("jax_plugins/xla_rocm7/*.so", "jax_rocm7_plugin/*.so")
+        libraries = [so for place in places for pattern in patterns for so in sorted(place.glob(pattern))]
+    elif platform == "xpu" and find("xpu"):
+        libraries = xpu.libraries(folder("xpu"))
+    else:
+        return []
+    target = folder(platform) / "stubs"
+    return stubs.built(target) or stubs.build(libraries, target)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from kpx.errors import TargetError
-from kpx.hardware import chips, cpu, tpu
+from kpx.hardware import chips, cpu, tpu, xpu
 from kpx.hardware.chips import Chip
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
@@ -174,8 +174,10 @@ class Target:
         found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available()}
         return frozenset(name for name, has in found.items() if has)
 
-    def compiler_options(self, module: Any) -> dict[str, str]:
+    def compiler_options(self, module: Any) -> dict[str, Any]:
         """XLA options for a module's executable on this target."""
+        if self.platform == "xpu" and not self.is_present:
+            return dict(xpu.COMPILER_OPTIONS)
         if self.platform != "cpu":
             return {}
         found = collections.Counter(type(op) for op in m.walk(module.operation))

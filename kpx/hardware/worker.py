@@ -33,8 +33,16 @@ _TICK_SECONDS = 0.2  # between reports of progress
 class Worker:
     """A process that compiles with one vendor's compiler, started when first asked and again where it died."""
 
-    def __init__(self, platform: str, environment: dict[str, str], paths: list[str], stubs: list[str]):
+    def __init__(
+        self,
+        platform: str,
+        environment: dict[str, str],
+        paths: list[str],
+        stubs: list[str],
+        python: str = sys.executable,
+    ):
         self._platform = platform
+        self._python = python
         self._environment = environment
         self._paths = paths
         self._stubs = stubs
@@ -84,10 +92,15 @@ class Worker:
         self.stop()
         ours, theirs = pipe()
         settings = {"pipe": theirs.fileno(), "platform": self._platform, "stubs": self._stubs}
-        path = os.pathsep.join([*self._paths, *(p for p in sys.path if p)])
+        if self._python == sys.executable:
+            path = os.pathsep.join([*self._paths, *(p for p in sys.path if p)])
+            script = ["-m", "kpx.hardware.worker_main"]
+        else:
+            path, script = "", [str(pathlib.Path(__file__).with_name("worker_elsewhere.py"))]
+        os.truncate(self._log, 0)  # an earlier process's words are not this one's
         with open(self._log, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kpx.hardware.worker_main", json.dumps(settings)],
+                [self._python, "-P", *script, json.dumps(settings)],
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | self._environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -137,7 +150,10 @@ class Worker:
         with open(self._log, "rb") as log:
             log.seek(max(os.path.getsize(self._log) - 8192, 0))
             lines = log.read().decode(errors="replace").strip().splitlines()
-        kept = [line[:400] for line in lines[-_LAST_WORDS:]]
+        lines = [
+            line[:400] for line in lines if line.strip() and not line.startswith("***")
+        ]  # less an empty stack trace
+        kept = lines[-_LAST_WORDS:]
         return "\nIts last words:\n" + "\n".join(kept) if kept else ""
 
 
@@ -175,9 +191,9 @@ def _make(target: Target) -> Worker:
             f"The compiler for `{target}` is not installed. Install it (about {plugins.plugin(platform).size} MB, into a "
             f"folder of kpx's own): `{plugins.install_command(platform)}`."
         )
-    stubs = [str(stub) for stub in plugins.stubs()] if platform == "rocm" else []
+    stubs = [str(stub) for stub in plugins.drivers(platform)]
     environment = tpu.ENVIRONMENT if platform == "tpu" else gpu.ENVIRONMENT
-    return Worker(platform, environment, paths, stubs)
+    return Worker(platform, environment, paths, stubs, plugins.python(platform))
 
 
 @atexit.register

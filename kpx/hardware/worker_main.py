@@ -23,10 +23,11 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from kpx import jax_internals
-from kpx.hardware import rocm_stubs
+from kpx.hardware import stubs
 from kpx.ir import module as m
 
 _KEPT = 4  # executables that can still be serialized
+_NAMES_IN_JAX = {"xpu": "oneapi"}
 
 
 class Compiler:
@@ -76,7 +77,8 @@ class Compiler:
         """The devices that partitions go to, in order: those of a mesh as the vendor's network favours it."""
         if self._platform == "cpu":
             return jax.devices("cpu")[:1]
-        devices = jax_internals.absent_devices(self._platform, request["topology"], request["topology_options"])
+        name = _NAMES_IN_JAX.get(self._platform, self._platform)
+        devices = jax_internals.absent_devices(name, request["topology"], request["topology_options"])
         shape, slices = request["mesh"], request["slices"]
         if not shape:
             return devices[:1]
@@ -116,8 +118,8 @@ def main(arguments: list[str]) -> None:
     """Answers requests until the pipe closes."""
     settings = json.loads(arguments[0])
     connection = Connection(settings["pipe"])
+    stubs.load(pathlib.Path(stub) for stub in settings["stubs"])
     if settings["platform"] == "rocm":
-        rocm_stubs.load(pathlib.Path(stub) for stub in settings["stubs"])
         jax_internals.register_rocm_without_a_gpu()
     compiler = Compiler(settings["platform"])
     connection.send({"ready": jax.__version__})

@@ -299,7 +299,8 @@ def _narrower(works: Sequence[Work], target: Target) -> list[Advice]:
         saved += (roofline.seconds(w, target) - roofline.seconds(narrow, target)) * w.count
     if saved <= 0:
         return []
-    return [Advice(f"Compute the {len(wide)} products of f32 in bf16, weights and activations included.", saved)]
+    products = "product" if len(wide) == 1 else f"{len(wide)} products"
+    return [Advice(f"Compute the {products} of f32 in bf16, weights and activations included.", saved)]
 
 
 def _fused(works: Sequence[Work], target: Target) -> list[Advice]:

@@ -14,7 +14,7 @@ import jax
 
 from kpx.config import Config
 from kpx.errors import CompileError, OutOfMemoryError, TargetError
-from kpx.hardware import gpu, tpu
+from kpx.hardware import gpu, tpu, xpu
 from kpx.hardware import worker as workers
 from kpx.hardware.target import Target
 from kpx.ir import module as m
@@ -77,6 +77,8 @@ class AbsentExecutable:
         Raises:
             CompileError: the vendor's plugin cannot serialize, or compiling anew failed.
         """
+        if self._target.platform == "xpu":
+            raise CompileError(f"What was compiled for {self._target} cannot be saved: its plugin does not serialize.")
         worker = workers.worker(self._target)
         answer = worker.ask({"do": "serialize", "id": self._answer["id"]}, self._limit_s)
         if answer["bytes"] is None:  # given up since, or the worker that had it has ended
@@ -93,11 +95,6 @@ def compile_absent(module: Any, target: Target, config: Config) -> AbsentExecuta
         OutOfMemoryError: the compiler says that the program does not fit the device.
         CompileError: it refused the module, aborted, or took too long; its words are in the error.
     """
-    if target.platform == "xpu":
-        raise TargetError(
-            f"`{target}` cannot be compiled for yet where the device is not. Its figures are known (`kpx.Target("
-            f"{target.text!r}).spec`); compile for another target, or on a machine that has one."
-        )
     bytecode = io.BytesIO()
     module.operation.write_bytecode(bytecode)
     name, options = _topology(target)
@@ -139,7 +136,9 @@ _UNTILED = "Couldn't find output tile sizes"
 
 def _ask(request: dict[str, Any], target: Target, config: Config) -> AbsentExecutable:
     answer = workers.worker(target).ask(dict(request), config.compile_seconds, PROGRESS.get())
-    return AbsentExecutable(answer, dict(request), target, config.compile_seconds)
+    executable = AbsentExecutable(answer, dict(request), target, config.compile_seconds)
+    executable.remarks = (xpu.REMARK,) if target.platform == "xpu" else ()
+    return executable
 
 
 def _topology(target: Target) -> tuple[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 import kpx
-from kpx.hardware import plugins, worker
+from kpx.hardware import plugins, worker, xpu
 from kpx.hardware.worker import Worker
+from tests import intel
 
 
 def f(x, w):
@@ -146,8 +147,23 @@ def test_a_missing_compiler_names_the_command_that_installs_it(monkeypatch, tmp_
         kpx.compile(f, X, W, target="tpu-v5e:2x2")
 
 
-def test_a_plugin_without_wheels_for_this_python_says_so():
-    if plugins.plugin("xpu").python <= sys.version_info[:2]:
-        pytest.skip("this Python has them")
-    with pytest.raises(kpx.TargetError, match=r"wheels for Python 3\.12 and later"):
-        plugins.pip_command("xpu")
+def test_a_plugin_whose_python_is_not_here_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("KPX_PLUGINS", str(tmp_path))
+    monkeypatch.setattr(xpu, "PYTHON", (3, 99))
+    with pytest.raises(kpx.TargetError, match=r"wheels for Python 3\.99 and later; this is Python 3"):
+        plugins.install("xpu", print)
+    assert not list(tmp_path.iterdir())
+
+
+@intel.needed
+def test_a_compiler_of_another_python_and_jax_compiles():
+    compiled = kpx.compile(f, X, W, target="xpu:pvc")
+    assert compiled.memory.argument_bytes == 4 * (128 * 256 + 256 * 512)
+    assert compiled.cost.product_flops == 2 * 128 * 256 * 512
+    assert "own loops" in " ".join(compiled.remarks)
+
+
+@intel.needed
+def test_a_compiler_that_cannot_serialize_says_so(tmp_path):
+    with pytest.raises(kpx.CompileError, match="for xpu:pvc cannot be saved: its plugin does not serialize"):
+        kpx.compile(f, X, W, target="xpu:pvc").save(tmp_path / "executable")

@@ -4,12 +4,15 @@ import pytest
 
 from bench import llama
 from bench.cases import CASES
-from bench.targets import TARGETS, model_case, training_case
+from bench.targets import EXPERIMENTAL, TARGETS, model_case, training_case
+from tests import intel
+
+ALL = [*TARGETS, *(pytest.param(name, marks=intel.needed) for name in EXPERIMENTAL)]
 
 SIZES = llama.Sizes(width=256, hidden=512, layers=4, heads=8, kv_heads=2, vocabulary=1024)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.models
 def test_a_case_compiles_for(name, case):
@@ -19,7 +22,7 @@ def test_a_case_compiles_for(name, case):
     assert row["predicted seconds"] > 0
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_training_step_compiles_with_the_products_counted_by_hand(name):
     row = training_case(name, SIZES, 16, 128, 2)
     assert "error" not in row, row

@@ -1,8 +1,9 @@
-"""Stand-ins for ROCm's run-time libraries, so that its compiler loads where ROCm is not installed.
+"""Stand-ins for the libraries of a vendor's driver, so that its compiler loads where there is none.
 
-XLA's ROCm plugin carries its own compiler, and is linked against the libraries that run what it compiles. Each of
-those that this machine lacks gets a library with the symbols, and their versions, that the plugin wants; calling one
-gives an error code. They are for a worker that only compiles, and never for a machine that has ROCm.
+XLA's plugin for AMD's GPUs carries its own compiler, and is linked against the libraries that run what it compiles;
+Intel's wants its driver's. Each of those that this machine lacks gets a library with the symbols, and their versions,
+that the plugin wants; calling one gives an error code. They are for a worker that only compiles, and never for a
+machine that has the driver.
 """
 
 from __future__ import annotations
@@ -17,29 +18,27 @@ from collections.abc import Iterable, Sequence
 
 from kpx.errors import TargetError
 
-# What every Linux has.
-_SYSTEM = ("libm.so", "librt.so", "libpthread.so", "libdl.so", "libstdc++.so", "libc.so", "ld-linux", "libgcc_s.so")
 _LIST = "libraries.txt"
-_FAILED = 100  # hipErrorNoDevice
+_FAILED = 100  # hipErrorNoDevice; of no meaning to Intel's driver, but not its success
 
 
 def build(libraries: Sequence[pathlib.Path], folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the stubs that shared libraries need to load, in the order in which to load them.
 
     Raises:
-        TargetError: there is no C compiler or no readelf here, or the compiler failed.
+        TargetError: there is no C compiler, ldd or readelf here, or the compiler failed.
     """
-    lacking = [tool for tool in ("gcc", "readelf") if shutil.which(tool) is None]
+    lacking = [tool for tool in ("gcc", "ldd", "readelf") if shutil.which(tool) is None]
     if lacking:
         raise TargetError(
-            f"ROCm's compiler needs small stub libraries to load here, and {' and '.join(lacking)} to make them with "
+            f"This compiler needs small stub libraries to load here, and {' and '.join(lacking)} to make them with "
             "cannot be found. Install them: `apt-get install gcc binutils`."
         )
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     wanted: dict[tuple[str, str | None], tuple[str, str]] = {}  # (symbol, version) -> (library, kind)
     for library in libraries:
-        needed = [n for n in _needed(library) if not n.startswith(_SYSTEM) and not _loads(n)]
+        needed = [n for n in _needed(library) if n in _missing(library)]
         names += [n for n in needed if n not in names]
         if needed:
             for symbol, (where, kind) in _undefined(library, needed).items():
@@ -72,12 +71,10 @@ def _needed(library: pathlib.Path) -> list[str]:
     return [found[1] for line in _read(library, "--dynamic") if (found := re.search(r"NEEDED.*\[(.*?)\]", line))]
 
 
-def _loads(name: str) -> bool:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True
+def _missing(library: pathlib.Path) -> set[str]:
+    """The libraries that this machine's linker would not find, for this one and for what it needs."""
+    listed = subprocess.run(["ldd", str(library)], capture_output=True, text=True).stdout
+    return set(re.findall(r"^\s*(\S+) => not found", listed, re.MULTILINE))
 
 
 def _undefined(library: pathlib.Path, needed: Sequence[str]) -> dict[tuple[str, str | None], tuple[str, str]]:
@@ -136,7 +133,7 @@ def _definition(name: str, kind: str) -> str:
     if kind == "OBJECT" or name.startswith(("_ZTI", "_ZTV", "_ZTS")):
         return f"long {name}[512];"
     if "GetErrorString" in name or "GetErrorName" in name or "status_to_string" in name:
-        return f'const char* {name}(void) {{ return "ROCm is not installed"; }}'
+        return f'const char* {name}(void) {{ return "there is no driver here"; }}'
     if name.startswith("__hipRegisterFat"):
         return f"static void* module_{name}; void* {name}(void) {{ return &module_{name}; }}"
     if name.startswith(("__", "_Z")):
