@@ -1,6 +1,10 @@
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A GPU that the system has is JAX's first device, and the same tests run on it.
+os.environ.setdefault(
+    "JAX_PLATFORMS",
+    "cuda,cpu" if os.path.exists("/dev/nvidia0") else "rocm,cpu" if os.path.exists("/dev/kfd") else "cpu",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
@@ -15,3 +19,19 @@ def _no_kpx_variables(monkeypatch):
     for name in list(os.environ):
         if name.startswith("KPX_") and name != "KPX_PLUGINS":
             monkeypatch.delenv(name)
+
+
+def pytest_collection_modifyitems(items):
+    """Where there is no GPU, what needs one is reported as not run."""
+    if "cuda" in os.environ["JAX_PLATFORMS"] or "rocm" in os.environ["JAX_PLATFORMS"]:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="not run: there is no GPU here"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says by itself what was not run for want of a device or a compiler."""
+    left = [report for report in terminalreporter.stats.get("skipped", []) if "not run: " in str(report.longrepr)]
+    if left:
+        terminalreporter.write_line(f"{len(left)} tests were NOT RUN for want of a device, a compiler or a browser.")
