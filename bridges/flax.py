@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as linen
@@ -146,11 +148,52 @@ class OptimizedModel:
 
             def call(*args, **kwargs):
                 model = nnx.merge(definition, weights)
-                outputs = model(*args, **kwargs)
+                with _named(model):
+                    outputs = model(*args, **kwargs)
                 return outputs, jax.tree.leaves(nnx.split(model)[1])
 
             return call
         return lambda *args, **kwargs: (definition.apply(weights, *args, **kwargs), jax.tree.leaves(weights))
+
+
+# Names -----------------------------------------------------------------------------------------
+
+_Path = tuple[str, ...]
+_PATHS: contextvars.ContextVar[Mapping[int, _Path]] = contextvars.ContextVar("kpx_nnx_paths")
+_INSIDE: contextvars.ContextVar[_Path] = contextvars.ContextVar("kpx_nnx_inside", default=())
+
+
+@contextlib.contextmanager
+def _named(model: nnx.Module) -> Iterator[None]:
+    """What a model of ours computes is named by its modules' paths, as linen does by itself and nnx does not.
+
+    The model's modules change class, to one that names what its `__call__` computes: never those of a caller.
+    """
+    paths: dict[int, _Path] = {}
+    for path, module in nnx.iter_modules(model):
+        if path and id(module) not in paths and callable(module):
+            paths[id(module)] = tuple(map(str, path))
+            module.__class__ = _naming(type(module))
+    token = _PATHS.set(paths)
+    try:
+        yield
+    finally:
+        _PATHS.reset(token)
+
+
+@functools.lru_cache(maxsize=1024)
+def _naming(cls: type) -> type:
+    def named_call(self, *args, **kwargs):
+        path, around = _PATHS.get({}).get(id(self), ()), _INSIDE.get()
+        inner = path[len(around) :] if path[: len(around)] == around else path
+        token = _INSIDE.set(path or around)
+        try:
+            with jax.named_scope("/".join(inner)) if inner else contextlib.nullcontext():
+                return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+        finally:
+            _INSIDE.reset(token)
+
+    return type(cls.__name__, (cls,), {"__call__": named_call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _flatten(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], Any]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -108,6 +109,23 @@ def test_a_flax_models_gradient_is_told_by_its_modules():
     (report,) = kpx.explain(gradient, weights, jnp.ones((32, 128)), targets="tpu-v5e").reports
     paths = {g.path for g in report.groups}
     assert {"Net/Dense_0", "Net/Dense_0 (backward)", "Net/Dense_1 (backward)"} <= paths
+
+
+class _Block(nnx.Module):
+    def __init__(self, width, rngs):
+        self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+def test_an_nnx_models_time_is_told_by_its_modules_and_the_model_stays_as_it_was():
+    blocks = nnx.Sequential(*(_Block(64, nnx.Rngs(i)) for i in range(2)))
+    before = [type(module) for _, module in nnx.iter_modules(blocks)]
+    (found,) = kpx.explain(blocks, jnp.ones((8, 64)), targets="cuda:h100").reports
+    paths = {group.path for group in found.groups}
+    assert {f"layers/{i}/{name}" for i in range(2) for name in ("up", "down")} <= paths
+    assert [type(module) for _, module in nnx.iter_modules(blocks)] == before
 
 
 def test_what_would_help_is_what_the_model_says_saves_most():
