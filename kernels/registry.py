@@ -8,12 +8,12 @@ supports the case, the decomposition runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching
 from jax.interpreters import mlir as jax_mlir
 
@@ -150,6 +150,16 @@ def kernel(name: str, *, version: int) -> Callable[[Callable], Kernel]:
 def kernels() -> list[Kernel]:
     """Every kernel that is registered."""
     return list(_KERNELS.values())
+
+
+def calls(jaxpr: Any) -> Iterator[tuple[Kernel, tuple[jax.ShapeDtypeStruct, ...], dict[str, Any]]]:
+    """The kernels that a jaxpr calls, each with its operands' types and its attributes."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is _composite:
+            structs = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
+            yield _KERNELS[equation.params["kernel"]], structs, dict(equation.params["attributes"])
+        for inner in jaxprs_in_params(equation.params):
+            yield from calls(inner)
 
 
 def find(name: str) -> Kernel | None:

@@ -12,7 +12,8 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
-from kpx.passes import canonicalize, composites, convolution, epilogue, layout, library, precision
+from kpx.kernels import activation, attention, norm  # noqa: F401  (their patterns are registered)
+from kpx.passes import canonicalize, composites, convolution, epilogue, fusion, layout, library, precision
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Context:
     fuel: Fuel
     report: Report = field(default_factory=Report)
     kernels: dict[str, str] = field(default_factory=dict)
+    fusions: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -76,9 +78,27 @@ def choose_products(module: ir.Module, context: Context) -> None:
     rewriting([precision.bf16_dot_that_xla_refuses])(module, context)  # what no library took
 
 
+def decompose(module: ir.Module, context: Context) -> None:
+    """A stage's body that turns the composites that no kernel takes into their decompositions."""
+    context.kernels |= composites.decompose_unsupported(module, _kernels_for(context))
+
+
+def fuse(module: ir.Module, context: Context) -> None:
+    """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
+    if (platform := _kernels_for(context)) is not None:
+        disabled = frozenset(context.config.disable)
+        fusion.fuse(module, platform, context.fuel, context.report, disabled)
+    context.fusions = composites.count(module)
+
+
 def choose_kernels(module: ir.Module, context: Context) -> None:
-    """A stage's body that turns composites into kernels, or into their decompositions."""
-    context.kernels = composites.lower_composites(module, context.platform)
+    """A stage's body that turns composites into kernels, or into what they were."""
+    context.kernels |= composites.lower_composites(module, _kernels_for(context))
+
+
+def _kernels_for(context: Context) -> str | None:
+    """The platform whose kernels may be used; None where none may, since a kernel is not the same to the last bit."""
+    return context.platform if context.config.level == "balanced" else None
 
 
 def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
@@ -98,9 +118,11 @@ def stages(context: Context) -> list[Stage]:
         Stage("inline", lambda module, context: m.inline_calls(module)),
         # A decomposition that many ops share is canonicalized once, before it takes the place of each.
         Stage("canonicalize decompositions", rewriting(canonicalize.RULES, callees=True)),
-        Stage("choose kernels", choose_kernels),
+        Stage("decompose", decompose),
         Stage("clean up", mlir("cse,symbol-dce")),
         Stage("canonicalize, lay out", canonicalize_and_lay_out),
+        Stage("fuse", fuse),
+        Stage("choose kernels", choose_kernels),
         *(on_cpu if context.platform == "cpu" else ()),
         Stage("finish", mlir("cse,symbol-dce")),
     ]

@@ -2,57 +2,147 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from kpx.ir import module as m
 from kpx.ir.module import func, ir, stablehlo
-from kpx.kernels import registry
+from kpx.kernels import patterns, registry
 
 
-def lower_composites(module: ir.Module, platform: str) -> dict[str, str]:
-    """Replaces every `kpx.*` composite of a module by a call, and inlines it.
+@dataclass(frozen=True)
+class Choice:
+    """What runs a composite: a JAX function, or its decomposition where that is None; and why not others.
+
+    Attributes:
+        label: what reports say of it.
+    """
+
+    function: Callable | None
+    label: str
+
+
+def decompose_unsupported(module: ir.Module, platform: str | None) -> dict[str, str]:
+    """Inlines the decomposition of every `kpx.*` composite that no kernel takes on a platform, in place.
+
+    Args:
+        platform: whose kernels may be used; None for no kernels at all.
+
+    Returns:
+        What each of them runs as.
+    """
+    return _lower(module, platform, lambda choice: choice.function is None)
+
+
+def lower_composites(module: ir.Module, platform: str | None) -> dict[str, str]:
+    """Inlines what runs every `kpx.*` composite, in place.
 
     Composites of other names stay for whoever knows them; XLA runs their decomposition.
+
+    Args:
+        platform: whose kernels may be used; None for no kernels at all.
 
     Returns:
         What each composite runs as: `{"kpx.attention": "decomposition (XLA)"}`.
     """
     chosen: dict[str, str] = {}
-    for op in list(m.walk(module.operation)):
-        # The bindings give composites a class that stablehlo.CompositeOp is not a base of.
-        if op.operation.name != stablehlo.CompositeOp.OPERATION_NAME:
-            continue
+    while found := _lower(module, platform, lambda choice: True):
+        chosen |= found  # what takes a fusion's place may be made of composites
+    return chosen
+
+
+def _lower(module: ir.Module, platform: str | None, wanted: Callable[[Choice], bool]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    choices: dict[tuple, Choice] = {}
+    for op in list(composites(module)):
         fields = op.operation.attributes
-        kernel = registry.find(fields["name"].value)
-        if kernel is None:
+        name, avals = fields["name"].value, tuple(map(_struct, op.operands))
+        attributes = {key: _python(a) for key, a in m.dictionary(fields["composite_attributes"]).items()}
+        case = (name, avals, tuple(sorted(attributes.items())))
+        if case not in choices:
+            choices[case] = _choose(name, platform, avals, attributes)
+        choice = choices[case]
+        if not wanted(choice):
             continue
-        avals = [jax.ShapeDtypeStruct(m.shape(v), m.element_dtype(m.tensor_type(v))) for v in op.operands]
-        attributes = {name: _python(a) for name, a in m.dictionary(fields["composite_attributes"]).items()}
-        implementation, refused = kernel.choose(platform, avals, attributes)
-        if implementation is None:
-            target = fields["decomposition"].value
+        target = fields["decomposition"].value
+        if choice.function is not None:
+            target = _spliced(module, name, choice.function, avals, attributes)
+        label = name.replace(patterns.PREFIX, "kpx.")
+        if choice.function is None or patterns.find(name) is None:  # a fusion's kernels tell of themselves
+            chosen[label] = choice.label
         else:
-            target = _spliced(module, kernel.name, implementation.function, avals, attributes)
-        reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
-        label = "decomposition (XLA)" if implementation is None else implementation.name
-        chosen[kernel.name] = label + reasons
+            chosen.setdefault(label, choice.label)
         with module.context, ir.InsertionPoint(op), op.location:
             call = func.CallOp([r.type for r in op.results], ir.FlatSymbolRefAttr.get(target), list(op.operands))
         for old, new in zip(op.results, call.results, strict=True):
             old.replace_all_uses_with(new)
         op.operation.erase()
-    m.inline_calls(module)
+    if chosen:
+        m.inline_calls(module)
     return chosen
 
 
-def _spliced(module: ir.Module, name: str, function: Any, avals: list, attributes: dict) -> str:
+def composites(module: ir.Module) -> Iterator[Any]:
+    """The composites of a module that are kpx's, fusions included."""
+    for op in m.walk(module.operation):
+        # The bindings give composites a class that stablehlo.CompositeOp is not a base of.
+        if op.operation.name == stablehlo.CompositeOp.OPERATION_NAME:
+            name = op.operation.attributes["name"].value
+            if registry.find(name) is not None or patterns.find(name) is not None:
+                yield op
+
+
+def count(module: ir.Module) -> dict[str, int]:
+    """How many composites of each kind a module has, fusions by what they were recognised as."""
+    names = (op.operation.attributes["name"].value for op in composites(module))
+    return dict(collections.Counter(name.replace(patterns.PREFIX, "kpx.") for name in names))
+
+
+def _choose(name: str, platform: str | None, avals: tuple, attributes: dict[str, Any]) -> Choice:
+    pattern = patterns.find(name)
+    if pattern is None:
+        kernel = registry.find(name)
+        assert kernel is not None  # `composites` gives no others
+        implementation, refused = kernel.choose(platform or "", avals, attributes)
+        function = None if implementation is None else implementation.function
+        label = "decomposition (XLA)" if implementation is None else implementation.name
+    else:
+        function, refused = _replacement(pattern, platform, avals, attributes)
+        label = "as it was (XLA)" if function is None else "its kernel"
+    reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
+    return Choice(function, label + reasons)
+
+
+def _replacement(
+    pattern: patterns.Pattern, platform: str | None, avals: tuple, attributes: dict[str, Any]
+) -> tuple[Callable | None, dict[str, str]]:
+    """A pattern's replacement, where every kernel that it calls has an implementation, and otherwise why not."""
+    if platform is None:
+        return None, {}
+    with jax.enable_x64(True):
+        jaxpr = jax.make_jaxpr(lambda *arrays: pattern.replace(*arrays, **attributes))(*avals)
+    refused: dict[str, str] = {}
+    for kernel, structs, stated in registry.calls(jaxpr.jaxpr):
+        implementation, reasons = kernel.choose(platform, structs, stated)
+        if implementation is None:
+            return None, refused | reasons
+    return pattern.replace, refused
+
+
+def _spliced(module: ir.Module, name: str, function: Any, avals: tuple, attributes: dict) -> str:
     """Adds an implementation, traced at a composite's types, to a module; gives its symbol."""
     with jax.enable_x64(True):
         lowered = jax.jit(lambda *arrays: function(*arrays, **attributes)).lower(*avals)
     donor = m.parse(m.text(lowered.compiler_ir("stablehlo"), large_constants=True), module.context)
     return m.merge(module, donor, name)
+
+
+def _struct(value: m.Value) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(m.shape(value), m.element_dtype(m.tensor_type(value)))
 
 
 def _python(attribute: Any) -> Any:

@@ -187,6 +187,11 @@ class Compiled:
         return dict(self._context.report.reverted)
 
     @property
+    def fusions(self) -> dict[str, int]:
+        """How many of each fused op the module holds for the target's kernels: `{"kpx.rms_norm": 65}`."""
+        return dict(self._context.fusions)
+
+    @property
     def kernels(self) -> dict[str, str]:
         return dict(self._context.kernels)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kpx.ir import module as m
-from kpx.ir.module import producer, splat, stablehlo
+from kpx.ir.module import chlo, producer, splat, stablehlo
 from kpx.ir.rewrite import rewrite
 
 
@@ -515,3 +515,26 @@ def branch_of_constant(op):
     for inner in body[:-1]:
         new.update(zip(inner.results, m.clone(inner, new).results, strict=True))
     return [new.get(v, v) for v in body[-1].operands]
+
+
+@rewrite(chlo.SquareOp, exact=True)
+def square_is_product(op):
+    """A real square is a product by itself, which the other rewrites and every pattern know.
+
+    Before:
+        func.func @main(%a: tensor<4xf32>) -> tensor<4xf32> {
+          %0 = chlo.square %a : tensor<4xf32> -> tensor<4xf32>
+          return %0 : tensor<4xf32>
+        }
+    After:
+        func.func @main(%a: tensor<4xf32>) -> tensor<4xf32> {
+          %0 = stablehlo.multiply %a, %a : tensor<4xf32>
+          return %0 : tensor<4xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4xcomplex<f32>>) -> tensor<4xcomplex<f32>> {
+          %0 = chlo.square %a : tensor<4xcomplex<f32>> -> tensor<4xcomplex<f32>>
+          return %0 : tensor<4xcomplex<f32>>
+        }
+    """
+    return stablehlo.multiply(op.operand, op.operand) if m.is_float(op.operand) else None

@@ -1,0 +1,120 @@
+"""Fusion patterns: a computation as a JAX function, and what to compute it by, another one.
+
+`kpx.passes.fusion` looks for each in a module, in the forward and the backward pass alike, and holds what it finds as a
+composite whose decomposition is the ops that were there: where nothing better takes it, nothing has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+import jax
+
+from kpx.errors import InputError
+
+PREFIX = "kpx.fused."
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A computation to look for, and what computes it better.
+
+    Attributes:
+        name: what reports call it.
+        searches: spellings of the computation, `search(*arrays, **numbers)`, in plain JAX.
+        replace: `(*arrays, **numbers)`, results of the same types; calls of kpx's kernels in it are chosen by target.
+        example: shapes and dtypes that the searches can be traced at.
+        numbers: keywords that are constants in a module, with an example of each.
+        supports: `(*structs, **numbers)` gives the reason why a case is left alone, or None.
+        checked: whether it is compared with what it replaces before it is first used.
+    """
+
+    name: str
+    searches: tuple[Callable, ...]
+    replace: Callable
+    example: tuple[jax.ShapeDtypeStruct, ...]
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    supports: Callable[..., str | None] | None = None
+    checked: bool = False
+
+
+_PATTERNS: dict[str, Pattern] = {}
+
+
+def register(pattern: Pattern) -> Pattern:
+    """Has a pattern looked for from now on.
+
+    Raises:
+        InputError: the name is taken; a search cannot be traced at the example; or the replacement's results are of
+            other types than a search's.
+    """
+    if pattern.name in _PATTERNS:
+        raise InputError(f"A pattern named `{pattern.name}` is registered already. Choose another name.")
+    for search in pattern.searches:
+        wanted, found = (_results(f, pattern) for f in (search, pattern.replace))
+        if wanted != found:
+            raise InputError(
+                f"The pattern `{pattern.name}` gives {_types(wanted)}, and its replacement {_types(found)}: they must have "
+                "the same structure, shapes and dtypes."
+            )
+    _PATTERNS[pattern.name] = pattern
+    return pattern
+
+
+def unregister(name: str) -> None:
+    """Has a pattern looked for no longer."""
+    _PATTERNS.pop(name, None)
+
+
+def patterns() -> list[Pattern]:
+    """Every pattern that is registered, those of installed packages included.
+
+    A package names functions in the entry point group `kpx.patterns`: each registers its own when it is called.
+    """
+    _load_packages()
+    return list(_PATTERNS.values())
+
+
+@functools.cache
+def _load_packages() -> None:
+    for entry in entry_points(group="kpx.patterns"):
+        entry.load()()
+
+
+def find(composite: str) -> Pattern | None:
+    """The pattern behind a composite's name, or None where it is somebody else's."""
+    return _PATTERNS.get(composite.removeprefix(PREFIX)) if composite.startswith(PREFIX) else None
+
+
+def builtin(
+    name: str,
+    searches: Sequence[Callable],
+    replace: Callable,
+    example: Sequence[tuple[tuple[int, ...], Any]],
+    supports: Callable[..., str | None] | None = None,
+    **numbers: float,
+) -> Pattern:
+    """Registers a pattern of kpx's own, which the tests check."""
+    structs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in example)
+    return register(Pattern(name, tuple(searches), replace, structs, numbers, supports, checked=True))
+
+
+def _results(function: Callable, pattern: Pattern) -> list[tuple[tuple[int, ...], str]]:
+    try:
+        found = jax.eval_shape(lambda *arrays: function(*arrays, **pattern.numbers), *pattern.example)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{s.dtype}{list(s.shape)}" for s in pattern.example)
+        where = getattr(inspect.unwrap(function), "__qualname__", repr(function))
+        raise InputError(
+            f"`{where}`, of the pattern `{pattern.name}`, cannot be traced at its example ({given}): {error}"
+        ) from error
+    return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(found)]
+
+
+def _types(results: Sequence[tuple[tuple[int, ...], str]]) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in results) or "nothing"

@@ -1,0 +1,201 @@
+"""Fusion: what a module computes is recognised by patterns, and held as composites until the target is asked."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kpx.ir import module as m
+from kpx.ir.module import Value, ir, stablehlo
+from kpx.ir.pattern import Graph, Matcher, graph_of, outline
+from kpx.ir.rewrite import Fuel, Report, apply_rewrites, erase_dead
+from kpx.kernels import pattern_check
+from kpx.kernels import patterns as registry
+from kpx.kernels import registry as kernels
+from kpx.kernels.patterns import Pattern
+from kpx.passes import canonicalize
+
+# Ops of a match that others may use too, since computing them again costs next to nothing.
+_FREE = {"constant", "iota", "convert", "broadcast_in_dim", "reshape"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A pattern in a module: its inputs, what it gives, its ops, operands first, and its constants.
+
+    Attributes:
+        gain: the bytes of what would not be written to memory and read again.
+    """
+
+    pattern: Pattern
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    ops: tuple[Any, ...]
+    numbers: dict[str, float]
+    gain: int
+
+
+def fuse(
+    module: ir.Module, platform: str, fuel: Fuel, report: Report, disabled: frozenset[str] = frozenset()
+) -> collections.Counter[str]:
+    """Holds what patterns recognise as composites, in place; each one's decomposition is the ops that it was.
+
+    Where matches overlap, that which saves the most bytes is taken. Patterns whose kernels have no implementation for
+    the platform are not looked for. A pattern of somebody else's is compared with its replacement before it is first
+    used; where they differ, it is left out, and the report says so.
+
+    Returns:
+        How often each pattern was found.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    with module.context, ir.Location.unknown():
+        taken: set[Value] = set()
+        replaced: dict[Value, Value] = {}
+        for match in sorted(_matches(module, platform, disabled), key=lambda match: -match.gain):
+            touched = {r for op in match.ops for r in op.results if not _is_free(op)}
+            if touched & taken or not _may_be_used(match.pattern, report) or not fuel.burn():
+                continue
+            taken |= touched
+            _replace(module, match, replaced)
+            counts[match.pattern.name] += 1
+    if counts:
+        erase_dead(module)
+        m.run_passes(module, "cse")
+    return counts
+
+
+def _may_be_used(pattern: Pattern, report: Report) -> bool:
+    if pattern.name in report.reverted:
+        return False
+    if not pattern.checked and (failures := pattern_check.verdict(pattern).failures):
+        report.revert(pattern.name, f"it is not what it replaces: {failures[0]}.")
+        return False
+    return True
+
+
+def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:
+    by_anchor = collections.defaultdict(list)
+    for pattern in registry.patterns():
+        if pattern.name not in disabled and _is_of_use(pattern, platform):
+            for i in range(len(pattern.searches)):
+                by_anchor[_skeleton(pattern, i).anchor].append((pattern, i))
+    matcher = Matcher()
+    for op in m.walk(m.main(module)):
+        for pattern, spelling in by_anchor.get(op.operation.name, ()):
+            if (found := _match(matcher, pattern, spelling, op)) is not None:
+                yield found
+
+
+def _match(matcher: Matcher, pattern: Pattern, spelling: int, op: Any) -> Match | None:
+    skeleton = _skeleton(pattern, spelling)
+    arrays = skeleton.inputs[: len(pattern.example)]
+    holes = dict(zip(skeleton.inputs[len(arrays) :], pattern.numbers, strict=True))
+    for found in matcher.skeletons(skeleton, list(holes), op):
+        numbers = {holes[number]: value for number, value in found.numbers.items()}
+        for chosen, outputs in found.bindings():
+            inputs = tuple(chosen[a] for a in arrays)
+            structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
+            wide = any("64" in m.element_type(v) for v in (*inputs, *outputs))
+            graph = _exact(pattern, spelling, structs, tuple(sorted(numbers.items())), wide)
+            if graph is None or (ops := matcher.exactly(graph, inputs, outputs)) is None:
+                continue
+            if _is_closed(ops, outputs):
+                gain = sum(_bytes(r) for o in ops if not _is_free(o) for r in o.results if r not in outputs)
+                return Match(pattern, inputs, outputs, tuple(ops), numbers, gain)
+    return None
+
+
+def _is_closed(ops: Sequence[Any], outputs: Sequence[Value]) -> bool:
+    """Whether nothing outside needs what is between a match's inputs and outputs."""
+    inside = {op.results[0] for op in ops}
+    for op in ops:
+        for result in op.results:
+            if result in outputs or _is_free(op):
+                continue
+            for user in m.users(result):
+                if not len(user.results) or user.results[0] not in inside:
+                    return False
+    return True
+
+
+def _is_free(op: Any) -> bool:
+    return op.operation.name.removeprefix("stablehlo.") in _FREE
+
+
+def _bytes(value: Value) -> int:
+    dtype = m.dtype(value)
+    return m.size(value) * (dtype.itemsize if dtype is not None else 1)
+
+
+def _replace(module: ir.Module, match: Match, replaced: dict[Value, Value]) -> None:
+    inputs = [replaced.get(v, v) for v in match.inputs]
+    new = dict(zip(match.inputs, inputs, strict=True))
+    name = registry.PREFIX + match.pattern.name
+    symbol = outline(module, name, match.inputs, match.outputs, match.ops)
+    before = m.producer(match.outputs[0])
+    attributes = {key: ir.FloatAttr.get(ir.F64Type.get(), number) for key, number in match.numbers.items()}
+    with ir.InsertionPoint(before.operation), before.operation.location:
+        made = stablehlo.CompositeOp(
+            [v.type for v in match.outputs],
+            [new[v] for v in match.inputs],
+            name=name,
+            composite_attributes=ir.DictAttr.get(attributes),
+            decomposition=ir.FlatSymbolRefAttr.get(symbol),
+        )
+    for old, value in zip(match.outputs, made.results, strict=True):
+        old.replace_all_uses_with(value)
+        replaced[old] = value
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of_use(pattern: Pattern, platform: str) -> bool:
+    """Whether every kernel that a pattern's replacement calls has an implementation for a platform."""
+    jaxpr = jax.make_jaxpr(functools.partial(pattern.replace, **pattern.numbers))(*pattern.example)
+    return all(any(i.target == platform for i in kernel.implementations) for kernel, _, _ in kernels.calls(jaxpr.jaxpr))
+
+
+# Patterns as graphs -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _skeleton(pattern: Pattern, spelling: int) -> Graph:
+    """A spelling at its example; its constants are inputs, after the arrays."""
+    search, names = pattern.searches[spelling], list(pattern.numbers)
+    count = len(pattern.example)
+
+    def function(*arguments):
+        return search(*arguments[:count], **dict(zip(names, arguments[count:], strict=True)))
+
+    scalars = [jax.ShapeDtypeStruct((), jnp.float32) for _ in names]
+    return _graph(function, [*pattern.example, *scalars])
+
+
+@functools.lru_cache(maxsize=4096)
+def _exact(pattern: Pattern, spelling: int, structs: tuple, numbers: tuple, wide: bool) -> Graph | None:
+    """A spelling at the types of a module's values; None where it cannot be traced there."""
+    search = pattern.searches[spelling]
+    if any(dtype is None for _, dtype in structs):
+        return None
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in structs]
+    if pattern.supports is not None and pattern.supports(*arguments, **dict(numbers)) is not None:
+        return None
+    try:
+        with jax.enable_x64(wide):
+            return _graph(lambda *arrays: search(*arrays, **dict(numbers)), arguments)
+    except (TypeError, ValueError, IndexError):
+        return None  # no such shapes
+
+
+def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct]) -> Graph:
+    lowered = jax.jit(lambda *arrays: function(*arrays), keep_unused=True).lower(*structs)
+    module = lowered.compiler_ir("stablehlo")
+    m.inline_calls(module)
+    apply_rewrites(module, [r for r in canonicalize.RULES if r.exact], Fuel(None), Report())
+    m.run_passes(module, "cse,symbol-dce")
+    return graph_of(m.main(module))
