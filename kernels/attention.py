@@ -12,7 +12,7 @@ from kpx.kernels.registry import kernel
 
 
 @kernel("kpx.attention", version=1)
-def _attention(query, key, value, *mask, scale, causal):
+def attention_kernel(query, key, value, *mask, scale, causal):
     *lead, heads, length, size = query.shape
     kv_heads, kv_length = key.shape[-3:-1]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -25,7 +25,9 @@ def _attention(query, key, value, *mask, scale, causal):
     scores = scores.reshape(*lead, heads, length, kv_length)
     low = np.asarray(-np.inf, dtype)
     if causal:
-        scores = jnp.where(np.tri(length, kv_length, dtype=bool), scores, low)
+        # Not an array: it would be an operand of the composite.
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, (length, kv_length), axis) for axis in (0, 1))
+        scores = jnp.where(row >= column, scores, low)
     if mask:
         scores = jnp.where(mask[0], scores, low) if mask[0].dtype == bool else scores + mask[0].astype(dtype)
     top = jnp.max(scores, -1, keepdims=True)
@@ -57,4 +59,4 @@ def attention(query, key, value, *, mask=None, causal: bool = False, scale: floa
         return attention(query[None], key[None], value[None], mask=mask, causal=causal, scale=scale)[0]
     lead = jnp.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     query, key, value = (jnp.broadcast_to(a, (*lead, *a.shape[-3:])) for a in (query, key, value))
-    return _attention(query, key, value, *([] if mask is None else [mask]), scale=scale, causal=bool(causal))
+    return attention_kernel(query, key, value, *([] if mask is None else [mask]), scale=scale, causal=bool(causal))

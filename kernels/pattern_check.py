@@ -35,21 +35,25 @@ class Verdict:
         return not self.failures
 
 
-def check(pattern: Pattern, *, seed: int = 0, cases: int = 6) -> Verdict:
+def check(pattern: Pattern, *, seed: int = 0, cases: int = 6, spellings: int | None = None) -> Verdict:
     """Compares a pattern's replacement with each of its spellings, values and gradients, on random shapes and dtypes.
 
     Both are measured against the spelling in f64: the replacement may be no farther from it than the spelling is in the
     same dtype, or than a few roundings.
 
     Args:
-        cases: how many shapes are tried with each spelling and dtype.
+        cases: how many shapes are tried with each spelling and dtype, beside the example's.
+        spellings: how many of the pattern's spellings are tried, drawn at random; all by default.
 
     Raises:
         InputError: no shapes but the example's could be traced.
     """
     rng = np.random.default_rng(seed)
     failures, count = [], 0
-    for search in pattern.searches:
+    searches = list(pattern.spellings())
+    if spellings is not None and spellings < len(searches):
+        searches = [searches[i] for i in rng.choice(len(searches), spellings, replace=False)]
+    for search in searches:
         for structs in _shapes(pattern, search, rng, cases):
             for dtype in _dtypes(pattern):
                 found = _compare(pattern, search, [_cast(s, dtype) for s in structs], rng)
@@ -81,7 +85,7 @@ def _shapes(pattern: Pattern, search: Callable, rng: Any, cases: int) -> Iterato
             continue  # heads that do not divide each other, and the like
         made += 1
         yield structs
-    if not made and sizes:
+    if cases and not made and sizes:
         raise InputError(f"The pattern `{pattern.name}` cannot be traced at any shapes but its example's.")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
@@ -25,22 +26,34 @@ class Pattern:
     """A computation to look for, and what computes it better.
 
     Attributes:
-        name: what reports call it.
-        searches: spellings of the computation, `search(*arrays, **numbers)`, in plain JAX.
+        name: what it is called; forms of one op, told apart after a dot (`attention.causal`), are reported as that op.
+        searches: spellings of the computation, `search(*arrays, **numbers)`, in plain JAX. Those of one inner tuple differ
+            in conversions, broadcasts, reshapes and transposes alone.
         replace: `(*arrays, **numbers)`, results of the same types; calls of kpx's kernels in it are chosen by target.
         example: shapes and dtypes that the searches can be traced at.
         numbers: keywords that are constants in a module, with an example of each.
         supports: `(*structs, **numbers)` gives the reason why a case is left alone, or None.
+        fixed_ranks: whether arrays have the ranks that they have in the example.
         checked: whether it is compared with what it replaces before it is first used.
     """
 
     name: str
-    searches: tuple[Callable, ...]
+    searches: tuple[tuple[Callable, ...], ...]
     replace: Callable
     example: tuple[jax.ShapeDtypeStruct, ...]
     numbers: Mapping[str, float] = field(default_factory=dict)
     supports: Callable[..., str | None] | None = None
+    fixed_ranks: bool = False
     checked: bool = False
+
+    def spellings(self) -> Iterator[Callable]:
+        """Every search."""
+        return itertools.chain.from_iterable(self.searches)
+
+    @property
+    def label(self) -> str:
+        """What reports count it as."""
+        return f"kpx.{self.name.partition('.')[0]}"
 
 
 _PATTERNS: dict[str, Pattern] = {}
@@ -55,7 +68,7 @@ def register(pattern: Pattern) -> Pattern:
     """
     if pattern.name in _PATTERNS:
         raise InputError(f"A pattern named `{pattern.name}` is registered already. Choose another name.")
-    for search in pattern.searches:
+    for search in pattern.spellings():
         wanted, found = (_results(f, pattern) for f in (search, pattern.replace))
         if wanted != found:
             raise InputError(
@@ -93,15 +106,18 @@ def find(composite: str) -> Pattern | None:
 
 def builtin(
     name: str,
-    searches: Sequence[Callable],
+    searches: Sequence[Callable | tuple[Callable, ...]],
     replace: Callable,
     example: Sequence[tuple[tuple[int, ...], Any]],
     supports: Callable[..., str | None] | None = None,
+    *,
+    fixed_ranks: bool = False,
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
     structs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in example)
-    return register(Pattern(name, tuple(searches), replace, structs, numbers, supports, checked=True))
+    groups = tuple(group if isinstance(group, tuple) else (group,) for group in searches)
+    return register(Pattern(name, groups, replace, structs, numbers, supports, fixed_ranks, checked=True))
 
 
 def _results(function: Callable, pattern: Pattern) -> list[tuple[tuple[int, ...], str]]:

@@ -53,7 +53,9 @@ def pattern(
     searches = (search,) if callable(search) else tuple(search)
     structs = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in example)
     label = name or getattr(searches[0], "__name__", "pattern")
-    return _registry.register(Pattern(label, searches, replace, structs, dict(numbers or {}), supports))
+    return _registry.register(
+        Pattern(label, tuple((s,) for s in searches), replace, structs, dict(numbers or {}), supports)
+    )
 
 
 def patterns() -> list[Pattern]:

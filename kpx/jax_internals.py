@@ -18,6 +18,7 @@ from jax._src import tree_util as _tree_util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.interpreters import pxla as _pxla
 from jax._src.lib import _jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 
 def is_tracing() -> bool:
@@ -117,6 +118,14 @@ def absent_devices(platform: str, name: str, options: Mapping[str, Any]) -> list
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(topology_name=name, platform=platform, **options).devices)
+
+
+def lower_alone(function: Callable, structs: Sequence[jax.ShapeDtypeStruct], platform: str, device_kind: str) -> Any:
+    """The StableHLO module of a function lowered for a device that may be absent; Pallas asks for its kind."""
+    device = AbstractDevice(device_kind=device_kind, num_cores=1, platform=platform)
+    with use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+        lowered = jax.jit(function).trace(*structs).lower(lowering_platforms=(platform,))
+    return lowered.compiler_ir("stablehlo")
 
 
 def register_rocm_without_a_gpu() -> None:

@@ -12,15 +12,16 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
-from kpx.kernels import activation, attention, norm  # noqa: F401  (their patterns are registered)
+from kpx.kernels import activation, attention_spellings, attention_tpu, norm  # noqa: F401  (their patterns are registered)
 from kpx.passes import canonicalize, composites, convolution, epilogue, fusion, layout, library, precision
+from kpx.passes.composites import Device
 
 
 @dataclass
 class Context:
-    """What stages know and tell: the target's platform and features, the config, the fuel, and the report."""
+    """What stages know and tell: the target's device and features, the config, the fuel, and the report."""
 
-    platform: str
+    device: Device
     features: frozenset[str]
     config: Config
     fuel: Fuel
@@ -80,35 +81,39 @@ def choose_products(module: ir.Module, context: Context) -> None:
 
 def decompose(module: ir.Module, context: Context) -> None:
     """A stage's body that turns the composites that no kernel takes into their decompositions."""
-    context.kernels |= composites.decompose_unsupported(module, _kernels_for(context))
+    context.kernels |= composites.decompose_unsupported(module, _kernels_for(module, context))
 
 
 def fuse(module: ir.Module, context: Context) -> None:
     """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
-    if (platform := _kernels_for(context)) is not None:
+    if (device := _kernels_for(module, context)) is not None:
         disabled = frozenset(context.config.disable)
-        fusion.fuse(module, platform, context.fuel, context.report, disabled)
+        fusion.fuse(module, device.platform, context.fuel, context.report, disabled)
     context.fusions = composites.count(module)
 
 
 def choose_kernels(module: ir.Module, context: Context) -> None:
     """A stage's body that turns composites into kernels, or into what they were."""
-    context.kernels |= composites.lower_composites(module, _kernels_for(context))
+    context.kernels |= composites.lower_composites(module, _kernels_for(module, context))
 
 
-def _kernels_for(context: Context) -> str | None:
-    """The platform whose kernels may be used; None where none may, since a kernel is not the same to the last bit."""
-    return context.platform if context.config.level == "balanced" else None
+def _kernels_for(module: ir.Module, context: Context) -> Device | None:
+    """The device whose kernels may be used; None where none may."""
+    # A kernel is not the same to the last bit; and XLA cannot partition one, but would gather its operands.
+    allowed = context.config.level == "balanced" and m.partitions(module) == 1
+    return context.device if allowed else None
 
 
 def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
     """A stage's body that canonicalizes, and gives the CPU its convolutions' layout and forms."""
     convolutions = any(isinstance(op, stablehlo.ConvolutionOp) for op in m.walk(module.operation))
-    if convolutions and context.platform == "cpu":
+    if convolutions and context.device.platform == "cpu":
         rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
         rewriting([*convolution.FORMS, *canonicalize.RULES], around=convolution.FORMS)(module, context)
-    else:
+    elif context.device.platform == "cpu":
         rewriting(canonicalize.RULES)(module, context)
+    else:
+        rewriting([*canonicalize.RULES, precision.rounded_product_yields_bf16])(module, context)
 
 
 def stages(context: Context) -> list[Stage]:
@@ -123,7 +128,7 @@ def stages(context: Context) -> list[Stage]:
         Stage("canonicalize, lay out", canonicalize_and_lay_out),
         Stage("fuse", fuse),
         Stage("choose kernels", choose_kernels),
-        *(on_cpu if context.platform == "cpu" else ()),
+        *(on_cpu if context.device.platform == "cpu" else ()),
         Stage("finish", mlir("cse,symbol-dce")),
     ]
 

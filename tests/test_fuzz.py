@@ -9,6 +9,7 @@ from kpx.hardware.target import Target
 from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
+from kpx.passes.composites import Device
 from kpx.pipeline import Context, optimize_module
 from tests.programs import Program
 from tests.reference import random_arguments
@@ -19,7 +20,7 @@ def check(seed: int, config: Config) -> int:
     source = Program(seed).text
     module = m.parse(source)
     arguments = random_arguments(module, seed)
-    context = Context("cpu", Target("cpu").features, config, Fuel(None))
+    context = Context(Device("cpu", "cpu"), Target("cpu").features, config, Fuel(None))
     optimize_module(module, context)
     assert not context.report.reverted, context.report.reverted
     with jax.enable_x64(True):

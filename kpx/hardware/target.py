@@ -164,6 +164,11 @@ class Target:
         return _devices(self.platform)[0] if self.is_present else jax.devices("cpu")[0]
 
     @property
+    def device_kind(self) -> str:
+        """What JAX calls its devices."""
+        return self.device.device_kind if self.is_present or self.spec is None else self.spec.device_kinds[0]
+
+    @property
     def features(self) -> frozenset[str]:
         """What the pipeline may count on: `bf16_tiles` (bf16 products run several times faster than f32 ones: a
         CPU with AMX), `mkl` (MKL's products can be called)."""

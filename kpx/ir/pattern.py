@@ -64,11 +64,37 @@ class Graph:
             value = node.operands[0]
         return value
 
+    def is_closed(self, value: int) -> bool:
+        """Whether a value depends on no input."""
+        node = self.producers.get(value)
+        return node is not None and all(map(self.is_closed, node.operands))
+
     @property
     def anchor(self) -> str:
         """The operation that makes the first output, by name; empty where it is an input."""
         node = self.producers.get(self.bare(self.outputs[0]))
         return "" if node is None else node.name
+
+    def bones(self) -> str:
+        """The skeleton as text: equal where two graphs are found in the same places."""
+        numbers: dict[int, int] = {}
+        lines: list[str] = []
+
+        def visit(value: int) -> int:
+            value = self.bare(value)
+            if value not in numbers:
+                node = self.producers.get(value)
+                if node is None:
+                    line = f"input {self.inputs.index(value)}"
+                elif self.is_closed(value):
+                    line = "constant"
+                else:
+                    line = f"{node.name} {[visit(o) for o in node.operands]}"
+                lines.append(line)
+                numbers[value] = len(lines)
+            return numbers[value]
+
+        return "; ".join([*map(str, [visit(o) for o in self.outputs]), *lines])
 
 
 def graph_of(function: Any) -> Graph:
@@ -237,8 +263,8 @@ class _Search:
             if (bound := self._bind(number, chain, state)) is not None:
                 yield bound
             return
-        if node.name == "stablehlo.constant":
-            if m.splat(value) is not None:  # which constant may depend on shapes
+        if self.pattern.is_closed(number):  # what it is may depend on shapes
+            if _is_closed(value):
                 yield state
             return
         if number in state.values:
@@ -267,14 +293,10 @@ class _Search:
         """What a node multiplies or divides by a constant, which of the two depends on the constant; None for others."""
         if node.name not in ("stablehlo.multiply", "stablehlo.divide"):
             return None
-        constant = [self._is_constant(o) for o in node.operands]
+        constant = [self.pattern.is_closed(o) for o in node.operands]
         if constant == [False, True] or (constant == [True, False] and node.name == "stablehlo.multiply"):
             return node.operands[constant.index(False)]
         return None
-
-    def _is_constant(self, number: int) -> bool:
-        node = self.pattern.producers.get(self.pattern.bare(number))
-        return node is not None and node.name == "stablehlo.constant"
 
     def _bind(self, number: int, chain: list[Value], state: _State) -> _State | None:
         """A state in which an input is one of a chain of values, each made of the next."""
@@ -344,6 +366,14 @@ def _orders(node: Node) -> list[tuple[int, ...]]:
     if node.name in _COMMUTATIVE and node.operands[0] != node.operands[1]:
         return [(0, 1), (1, 0)]
     return [tuple(range(len(node.operands)))]
+
+
+def _is_closed(value: Value, depth: int = 8) -> bool:
+    """Whether a module's value is a constant, or is made of constants and counts in few steps."""
+    op = m.producer(value)
+    if op is None or depth == 0 or not op.operation.name.startswith("stablehlo."):
+        return False
+    return all(_is_closed(operand, depth - 1) for operand in op.operands)
 
 
 def _scaled(op: Any) -> Value | None:

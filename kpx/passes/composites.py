@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,16 @@ import jax
 
 from kpx.ir import module as m
 from kpx.ir.module import func, ir, stablehlo
+from kpx.jax_internals import lower_alone
 from kpx.kernels import patterns, registry
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels are chosen for: a platform, and a device of it by the vendor's name."""
+
+    platform: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -26,36 +36,36 @@ class Choice:
     label: str
 
 
-def decompose_unsupported(module: ir.Module, platform: str | None) -> dict[str, str]:
+def decompose_unsupported(module: ir.Module, device: Device | None) -> dict[str, str]:
     """Inlines the decomposition of every `kpx.*` composite that no kernel takes on a platform, in place.
 
     Args:
-        platform: whose kernels may be used; None for no kernels at all.
+        device: whose kernels may be used; None for no kernels at all.
 
     Returns:
         What each of them runs as.
     """
-    return _lower(module, platform, lambda choice: choice.function is None)
+    return _lower(module, device, lambda choice: choice.function is None)
 
 
-def lower_composites(module: ir.Module, platform: str | None) -> dict[str, str]:
+def lower_composites(module: ir.Module, device: Device | None) -> dict[str, str]:
     """Inlines what runs every `kpx.*` composite, in place.
 
     Composites of other names stay for whoever knows them; XLA runs their decomposition.
 
     Args:
-        platform: whose kernels may be used; None for no kernels at all.
+        device: whose kernels may be used; None for no kernels at all.
 
     Returns:
         What each composite runs as: `{"kpx.attention": "decomposition (XLA)"}`.
     """
     chosen: dict[str, str] = {}
-    while found := _lower(module, platform, lambda choice: True):
+    while found := _lower(module, device, lambda choice: True):
         chosen |= found  # what takes a fusion's place may be made of composites
     return chosen
 
 
-def _lower(module: ir.Module, platform: str | None, wanted: Callable[[Choice], bool]) -> dict[str, str]:
+def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], bool]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     choices: dict[tuple, Choice] = {}
     for op in list(composites(module)):
@@ -64,18 +74,17 @@ def _lower(module: ir.Module, platform: str | None, wanted: Callable[[Choice], b
         attributes = {key: _python(a) for key, a in m.dictionary(fields["composite_attributes"]).items()}
         case = (name, avals, tuple(sorted(attributes.items())))
         if case not in choices:
-            choices[case] = _choose(name, platform, avals, attributes)
+            choices[case] = _choose(name, device, avals, attributes)
         choice = choices[case]
         if not wanted(choice):
             continue
         target = fields["decomposition"].value
         if choice.function is not None:
-            target = _spliced(module, name, choice.function, avals, attributes)
-        label = name.replace(patterns.PREFIX, "kpx.")
+            target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device)
         if choice.function is None or patterns.find(name) is None:  # a fusion's kernels tell of themselves
-            chosen[label] = choice.label
+            chosen[_label(name)] = choice.label
         else:
-            chosen.setdefault(label, choice.label)
+            chosen.setdefault(_label(name), choice.label)
         with module.context, ir.InsertionPoint(op), op.location:
             call = func.CallOp([r.type for r in op.results], ir.FlatSymbolRefAttr.get(target), list(op.operands))
         for old, new in zip(op.results, call.results, strict=True):
@@ -98,47 +107,57 @@ def composites(module: ir.Module) -> Iterator[Any]:
 
 def count(module: ir.Module) -> dict[str, int]:
     """How many composites of each kind a module has, fusions by what they were recognised as."""
-    names = (op.operation.attributes["name"].value for op in composites(module))
-    return dict(collections.Counter(name.replace(patterns.PREFIX, "kpx.") for name in names))
+    return dict(collections.Counter(_label(op.operation.attributes["name"].value) for op in composites(module)))
 
 
-def _choose(name: str, platform: str | None, avals: tuple, attributes: dict[str, Any]) -> Choice:
+def _label(composite: str) -> str:
+    pattern = patterns.find(composite)
+    return composite if pattern is None else pattern.label
+
+
+def _choose(name: str, device: Device | None, avals: tuple, attributes: dict[str, Any]) -> Choice:
     pattern = patterns.find(name)
     if pattern is None:
         kernel = registry.find(name)
         assert kernel is not None  # `composites` gives no others
-        implementation, refused = kernel.choose(platform or "", avals, attributes)
+        implementation, refused = kernel.choose(device.platform if device else "", avals, attributes)
         function = None if implementation is None else implementation.function
         label = "decomposition (XLA)" if implementation is None else implementation.name
     else:
-        function, refused = _replacement(pattern, platform, avals, attributes)
+        function, refused = _replacement(pattern, device, avals, attributes)
         label = "as it was (XLA)" if function is None else "its kernel"
     reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
     return Choice(function, label + reasons)
 
 
 def _replacement(
-    pattern: patterns.Pattern, platform: str | None, avals: tuple, attributes: dict[str, Any]
+    pattern: patterns.Pattern, device: Device | None, avals: tuple, attributes: dict[str, Any]
 ) -> tuple[Callable | None, dict[str, str]]:
     """A pattern's replacement, where every kernel that it calls has an implementation, and otherwise why not."""
-    if platform is None:
+    if device is None:
         return None, {}
-    with jax.enable_x64(True):
+    with jax.enable_x64(_wide(avals)):
         jaxpr = jax.make_jaxpr(lambda *arrays: pattern.replace(*arrays, **attributes))(*avals)
     refused: dict[str, str] = {}
     for kernel, structs, stated in registry.calls(jaxpr.jaxpr):
-        implementation, reasons = kernel.choose(platform, structs, stated)
+        implementation, reasons = kernel.choose(device.platform, structs, stated)
         if implementation is None:
             return None, refused | reasons
     return pattern.replace, refused
 
 
-def _spliced(module: ir.Module, name: str, function: Any, avals: tuple, attributes: dict) -> str:
+def _spliced(module: ir.Module, name: str, function: Callable, avals: tuple, device: Device | None) -> str:
     """Adds an implementation, traced at a composite's types, to a module; gives its symbol."""
-    with jax.enable_x64(True):
-        lowered = jax.jit(lambda *arrays: function(*arrays, **attributes)).lower(*avals)
-    donor = m.parse(m.text(lowered.compiler_ir("stablehlo"), large_constants=True), module.context)
+    assert device is not None  # nothing is chosen without one
+    with jax.enable_x64(_wide(avals)):
+        lowered = lower_alone(function, avals, device.platform, device.kind)
+    donor = m.parse(m.text(lowered, large_constants=True), module.context)
     return m.merge(module, donor, name)
+
+
+def _wide(avals: Sequence[jax.ShapeDtypeStruct]) -> bool:
+    """Whether 64-bit dtypes are needed; Pallas's kernels do without."""
+    return any(aval.dtype.itemsize == 8 for aval in avals)
 
 
 def _struct(value: m.Value) -> jax.ShapeDtypeStruct:

@@ -19,7 +19,7 @@ from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
-from kpx.passes import canonicalize
+from kpx.passes import canonicalize, precision
 
 # Ops of a match that others may use too, since computing them again costs next to nothing.
 _FREE = {"constant", "iota", "convert", "broadcast_in_dim", "reshape"}
@@ -80,34 +80,56 @@ def _may_be_used(pattern: Pattern, report: Report) -> bool:
 
 
 def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:
-    by_anchor = collections.defaultdict(list)
+    by_anchor: dict[str, dict[str, list[tuple[Pattern, int]]]] = collections.defaultdict(dict)
     for pattern in registry.patterns():
         if pattern.name not in disabled and _is_of_use(pattern, platform):
-            for i in range(len(pattern.searches)):
-                by_anchor[_skeleton(pattern, i).anchor].append((pattern, i))
+            for group in range(len(pattern.searches)):
+                skeleton = _skeleton(pattern, group)
+                by_anchor[skeleton.anchor].setdefault(skeleton.bones(), []).append((pattern, group))
     matcher = Matcher()
     for op in m.walk(m.main(module)):
-        for pattern, spelling in by_anchor.get(op.operation.name, ()):
-            if (found := _match(matcher, pattern, spelling, op)) is not None:
+        for alike in by_anchor.get(op.operation.name, {}).values():
+            if (found := _match(matcher, alike, op, platform)) is not None:
                 yield found
 
 
-def _match(matcher: Matcher, pattern: Pattern, spelling: int, op: Any) -> Match | None:
-    skeleton = _skeleton(pattern, spelling)
-    arrays = skeleton.inputs[: len(pattern.example)]
-    holes = dict(zip(skeleton.inputs[len(arrays) :], pattern.numbers, strict=True))
-    for found in matcher.skeletons(skeleton, list(holes), op):
-        numbers = {holes[number]: value for number, value in found.numbers.items()}
+def _match(matcher: Matcher, alike: Sequence[tuple[Pattern, int]], op: Any, platform: str) -> Match | None:
+    """The first of patterns with one skeleton that is there, its first output made by an op."""
+    skeleton = _skeleton(*alike[0])
+    count = len(alike[0][0].example)
+    for found in matcher.skeletons(skeleton, skeleton.inputs[count:], op):
+        constants = [found.numbers[number] for number in skeleton.inputs[count:]]
         for chosen, outputs in found.bindings():
-            inputs = tuple(chosen[a] for a in arrays)
-            structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
-            wide = any("64" in m.element_type(v) for v in (*inputs, *outputs))
-            graph = _exact(pattern, spelling, structs, tuple(sorted(numbers.items())), wide)
-            if graph is None or (ops := matcher.exactly(graph, inputs, outputs)) is None:
-                continue
-            if _is_closed(ops, outputs):
-                gain = sum(_bytes(r) for o in ops if not _is_free(o) for r in o.results if r not in outputs)
-                return Match(pattern, inputs, outputs, tuple(ops), numbers, gain)
+            inputs = tuple(chosen[a] for a in skeleton.inputs[:count])
+            for pattern, group in alike:
+                numbers = dict(zip(pattern.numbers, constants, strict=True))
+                if (ops := _ops(matcher, pattern, group, inputs, outputs, numbers, platform)) is not None:
+                    gain = sum(_bytes(r) for o in ops if not _is_free(o) for r in o.results if r not in outputs)
+                    return Match(pattern, inputs, outputs, tuple(ops), numbers, gain)
+    return None
+
+
+def _ops(
+    matcher: Matcher,
+    pattern: Pattern,
+    group: int,
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    numbers: dict[str, float],
+    platform: str,
+) -> list[Any] | None:
+    """The ops that are a pattern, in one of a group of spellings, between inputs and outputs."""
+    if pattern.fixed_ranks and [m.rank(v) for v in inputs] != [len(s.shape) for s in pattern.example]:
+        return None
+    structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
+    wide = any(m.element_type(v).endswith("64") for v in (*inputs, *outputs))
+    for spelling in range(len(pattern.searches[group])):
+        graph = _exact(pattern, group, spelling, structs, tuple(numbers.items()), wide, platform == "cpu")
+        if graph is None or [str(v.type) for v in outputs] != [graph.types[o] for o in graph.outputs]:
+            continue
+        ops = matcher.exactly(graph, inputs, outputs)
+        if ops is not None and _is_closed(ops, outputs):
+            return ops
     return None
 
 
@@ -156,6 +178,9 @@ def _replace(module: ir.Module, match: Match, replaced: dict[Value, Value]) -> N
 @functools.lru_cache(maxsize=1024)
 def _is_of_use(pattern: Pattern, platform: str) -> bool:
     """Whether every kernel that a pattern's replacement calls has an implementation for a platform."""
+    anything = any(i.target == platform for kernel in kernels.kernels() for i in kernel.implementations)
+    if pattern.checked and not anything:
+        return False  # kpx's own call kernels: told without tracing them
     jaxpr = jax.make_jaxpr(functools.partial(pattern.replace, **pattern.numbers))(*pattern.example)
     return all(any(i.target == platform for i in kernel.implementations) for kernel, _, _ in kernels.calls(jaxpr.jaxpr))
 
@@ -164,22 +189,24 @@ def _is_of_use(pattern: Pattern, platform: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _skeleton(pattern: Pattern, spelling: int) -> Graph:
-    """A spelling at its example; its constants are inputs, after the arrays."""
-    search, names = pattern.searches[spelling], list(pattern.numbers)
+def _skeleton(pattern: Pattern, group: int) -> Graph:
+    """What the spellings of a group have in common, at the example; constants are inputs, after the arrays."""
+    search, names = pattern.searches[group][0], list(pattern.numbers)
     count = len(pattern.example)
 
     def function(*arguments):
         return search(*arguments[:count], **dict(zip(names, arguments[count:], strict=True)))
 
     scalars = [jax.ShapeDtypeStruct((), jnp.float32) for _ in names]
-    return _graph(function, [*pattern.example, *scalars])
+    return _graph(function, [*pattern.example, *scalars], on_cpu=True)
 
 
 @functools.lru_cache(maxsize=4096)
-def _exact(pattern: Pattern, spelling: int, structs: tuple, numbers: tuple, wide: bool) -> Graph | None:
+def _exact(
+    pattern: Pattern, group: int, spelling: int, structs: tuple, numbers: tuple, wide: bool, on_cpu: bool
+) -> Graph | None:
     """A spelling at the types of a module's values; None where it cannot be traced there."""
-    search = pattern.searches[spelling]
+    search = pattern.searches[group][spelling]
     if any(dtype is None for _, dtype in structs):
         return None
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in structs]
@@ -187,15 +214,16 @@ def _exact(pattern: Pattern, spelling: int, structs: tuple, numbers: tuple, wide
         return None
     try:
         with jax.enable_x64(wide):
-            return _graph(lambda *arrays: search(*arrays, **dict(numbers)), arguments)
+            return _graph(lambda *arrays: search(*arrays, **dict(numbers)), arguments, on_cpu=on_cpu)
     except (TypeError, ValueError, IndexError):
         return None  # no such shapes
 
 
-def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct]) -> Graph:
+def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct], *, on_cpu: bool) -> Graph:
     lowered = jax.jit(lambda *arrays: function(*arrays), keep_unused=True).lower(*structs)
     module = lowered.compiler_ir("stablehlo")
     m.inline_calls(module)
-    apply_rewrites(module, [r for r in canonicalize.RULES if r.exact], Fuel(None), Report())
+    rules = canonicalize.RULES if on_cpu else [*canonicalize.RULES, precision.rounded_product_yields_bf16]
+    apply_rewrites(module, rules, Fuel(None), Report())
     m.run_passes(module, "cse,symbol-dce")
     return graph_of(m.main(module))

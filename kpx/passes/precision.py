@@ -45,6 +45,51 @@ def bf16_dot_yields_f32(op):
     return m.convert(wide, "bf16")
 
 
+@rewrite(
+    stablehlo.ConvertOp,
+    exact=False,
+    bound="matrix units sum bf16 products in f32 and round once, as before; where one does not, sums are of bf16",
+)
+def rounded_product_yields_bf16(op):
+    """A bf16 product that is rounded is one that gives bf16, which accelerators sum in f32 all the same.
+
+    Before:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xbf16>) -> tensor<4x4xbf16> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<4x8xbf16>, tensor<8x4xbf16>) -> tensor<4x4xf32>
+          %1 = stablehlo.convert %0 : (tensor<4x4xf32>) -> tensor<4x4xbf16>
+          return %1 : tensor<4x4xbf16>
+        }
+    After:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xbf16>) -> tensor<4x4xbf16> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<4x8xbf16>, tensor<8x4xbf16>) -> tensor<4x4xbf16>
+          return %0 : tensor<4x4xbf16>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xbf16>) -> (tensor<4x4xbf16>, tensor<4x4xf32>) {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<4x8xbf16>, tensor<8x4xbf16>) -> tensor<4x4xf32>
+          %1 = stablehlo.convert %0 : (tensor<4x4xf32>) -> tensor<4x4xbf16>
+          return %1, %0 : tensor<4x4xbf16>, tensor<4x4xf32>
+        }
+    """
+    product = m.producer(op.operand, stablehlo.DotGeneralOp)
+    if product is None or product.algorithm is not None or not m.has_one_use(op.operand):
+        return None
+    if [m.element_type(v) for v in (product.lhs, product.rhs, op.operand, op.result)] != [
+        "bf16",
+        "bf16",
+        "f32",
+        "bf16",
+    ]:
+        return None
+    return stablehlo.dot_general(
+        op.result.type,
+        product.lhs,
+        product.rhs,
+        product.dot_dimension_numbers,
+        precision_config=product.precision_config,
+    )
+
+
 @rewrite(stablehlo.DotGeneralOp, exact=True)
 def bf16_dot_that_xla_refuses(op):
     """A bf16 product summed in f32 whose layout XLA:CPU moves only after it has settled how bf16 is computed.

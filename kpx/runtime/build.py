@@ -15,6 +15,7 @@ from kpx.hardware.target import Target
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import mark_weights, split
+from kpx.passes.composites import Device
 from kpx.pipeline import Context, no_collections, optimize_module
 from kpx.runtime.absent import AbsentExecutable, compile_absent
 from kpx.runtime.compiled import Compiled
@@ -23,7 +24,7 @@ from kpx.runtime.compiled import Compiled
 def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> Context:
     """Rewrites a lowered function's module in place: its `compile()` then compiles the new one."""
     module = lowered.compiler_ir("stablehlo")
-    context = Context(target.platform, target.features, config, Fuel.from_environment())
+    context = Context(Device(target.platform, target.device_kind), target.features, config, Fuel.from_environment())
     optimize_module(module, context)
     return context
 
@@ -99,7 +100,9 @@ class ModelProgram:
             module = lowered.compiler_ir("stablehlo")
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
-            context = Context(target.platform, target.features, config, Fuel.from_environment())
+            context = Context(
+                Device(target.platform, target.device_kind), target.features, config, Fuel.from_environment()
+            )
             optimize_module(module, context)
             start = time.perf_counter()
             with no_collections():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kpx.ir.rewrite import Rewrite
-from kpx.passes.canonicalize import algebra, constants, movement, products, reductions, slices
+from kpx.passes.canonicalize import algebra, constants, masks, movement, products, reductions, slices
 
 RULES: list[Rewrite] = [
     rule
-    for family in (movement, slices, algebra, reductions, constants, products)
+    for family in (movement, slices, algebra, masks, reductions, constants, products)
     for rule in vars(family).values()
     if isinstance(rule, Rewrite)
 ]

@@ -1,0 +1,184 @@
+"""Attention written out: found in JAX and PyTorch, given to a TPU's kernel, and left alone where it is something else."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import kpx
+from kpx.kernels.attention import attention
+from kpx.kernels.attention_tpu import interpreted
+from tests.reference import assert_closer
+
+LENGTH = 1024
+
+
+def _struct(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+HEADS_FIRST, HEADS_THIRD = _struct(2, 4, LENGTH, 80), _struct(2, LENGTH, 4, 80)
+
+
+def _scaled_after(q, k, v):
+    scores = q @ jnp.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])
+    return jax.nn.softmax(scores, -1) @ v
+
+
+def _scaled_before_and_hidden(q, k, v):
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * (q.shape[-1] ** -0.5), k).astype(jnp.float32)
+    scores = jnp.where(jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool)), scores, -1e9)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+def _mask_added(q, k, v):
+    position = jnp.arange(q.shape[-2])
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.3
+    scores = scores + jnp.where(position[:, None] < position[None], -jnp.inf, 0)
+    return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores, -1), v)
+
+
+def _in_layers(q, k, v):
+    def layer(q, _):
+        return _scaled_after(q, k, v), None
+
+    return jax.lax.scan(layer, q, None, length=3)[0]
+
+
+class _Plain(torch.nn.Module):
+    def forward(self, q, k, v):
+        scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        return torch.softmax(scores, -1) @ v
+
+
+class _Filled(torch.nn.Module):
+    def forward(self, q, k, v):
+        length = q.shape[-2]
+        seen = torch.tril(torch.ones(length, length, dtype=torch.bool))
+        scores = torch.matmul(q * 0.1, k.transpose(-1, -2)).masked_fill(~seen, float("-inf"))
+        return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+
+class _Whole(torch.nn.Module):
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+WRITTEN = {
+    "scaled after": (_scaled_after, HEADS_FIRST),
+    "scaled before, hidden by where, heads third": (_scaled_before_and_hidden, HEADS_THIRD),
+    "a mask added": (_mask_added, HEADS_FIRST),
+    "in a loop": (_in_layers, HEADS_FIRST),
+    "in float32": (_scaled_after, _struct(2, 4, LENGTH, 64, dtype=jnp.float32)),
+    "PyTorch": (_Plain().eval(), HEADS_FIRST),
+    "PyTorch, filled": (_Filled().eval(), HEADS_FIRST),
+    "PyTorch's own": (_Whole().eval(), HEADS_FIRST),
+    "JAX's own": (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), HEADS_THIRD),
+    "JAX's own, grouped heads": (
+        lambda q, k, v: jax.nn.dot_product_attention(q, k[:, :, :2], v[:, :, :2], is_causal=True),
+        HEADS_THIRD,
+    ),
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_attention_becomes_a_tpus_kernel_and_never_holds_the_scores(written):
+    function, spec = WRITTEN[written]
+    compiled = kpx.compile(function, spec, spec, spec, target="tpu-v5e")
+    assert compiled.fusions == {"kpx.attention": 1}
+    assert compiled.kernels["kpx.attention"] == "splash"
+    assert "tpu_custom_call" in compiled.hlo
+    assert f"{LENGTH},{LENGTH}" not in compiled.hlo
+
+
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e", "tpu-v5p"])
+def test_at_8192_a_tpu_holds_less_than_a_hundredth_of_the_scores(target):
+    spec = _struct(1, 8, 8192, 128)
+    plain, fused = (
+        kpx.compile(_scaled_after, spec, spec, spec, target=target, config=kpx.Config(level=level))
+        for level in ("conservative", "balanced")
+    )
+    scores = 2 * 8 * 8192 * 8192
+    assert plain.memory.temp_bytes >= scores
+    assert fused.memory.temp_bytes < scores / 100
+
+
+LEFT_ALONE = {
+    "hidden by little": lambda q, k, v: _with(q, k, v, lambda s: jnp.where(_seen(s), s, -1.0)),
+    "hidden the other way": lambda q, k, v: _with(q, k, v, lambda s: jnp.where(_seen(s), -jnp.inf, s)),
+    "a bias added": lambda q, k, v: _with(q, k, v, lambda s: s + jnp.arange(s.shape[-1])),
+    "capped": lambda q, k, v: _with(q, k, v, jnp.tanh),
+    "scores used elsewhere": lambda q, k, v: (_scaled_after(q, k, v), q @ jnp.swapaxes(k, -1, -2) / math.sqrt(80)),
+    "over queries": lambda q, k, v: jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2), -2) @ v,
+}
+
+
+def _seen(scores):
+    return jnp.tril(jnp.ones(scores.shape[-2:], bool))
+
+
+def _with(q, k, v, change):
+    return jax.nn.softmax(change(q @ jnp.swapaxes(k, -1, -2)), -1).astype(v.dtype) @ v
+
+
+@pytest.mark.parametrize("what", LEFT_ALONE)
+def test_is_left_alone(what):
+    compiled = kpx.compile(LEFT_ALONE[what], HEADS_FIRST, HEADS_FIRST, HEADS_FIRST, target="tpu-v5e")
+    assert compiled.fusions == {}
+    assert "splash" not in compiled.kernels.values()
+
+
+@pytest.mark.parametrize("shape, says", [
+    ((2, 4, 100, 64), "lengths must be multiples of 128"), ((2, 4, 128, 512), "heads must be of 256 at most"),
+])  # fmt: skip
+def test_a_case_that_the_kernel_does_not_support_says_why_and_is_plain(shape, says):
+    spec = _struct(*shape)
+    compiled = kpx.compile(lambda q, k, v: attention(q, k, v), spec, spec, spec, target="tpu-v5e")
+    assert says in compiled.kernels["kpx.attention"]
+    assert "splash" not in compiled.kernels.values()
+
+
+def test_a_partitioned_module_keeps_plain_attention():
+    target = kpx.Target("tpu-v5e:2x2")
+    sharding = jax.sharding.NamedSharding(target.mesh(data=4), jax.sharding.PartitionSpec("data"))
+    spec = jax.ShapeDtypeStruct((4, 4, 256, 64), jnp.bfloat16, sharding=sharding)
+    compiled = kpx.compile(_scaled_after, spec, spec, spec, target=target)
+    assert compiled.fusions == {}
+
+
+CASES = {
+    "causal": ((2, 4, 4, 256, 256, 64), True),
+    "full": ((1, 2, 2, 128, 384, 128), False),
+    "grouped heads": ((1, 4, 2, 256, 256, 64), True),
+    "heads of 80": ((1, 2, 1, 128, 128, 80), True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_tpus_kernel_is_no_farther_from_an_f64_reference_than_plain_attention(case, dtype):
+    (batch, heads, kv_heads, length, kv_length, size), causal = CASES[case]
+    rng = np.random.default_rng(0)
+    shapes = (batch, heads, length, size), *[(batch, kv_heads, kv_length, size)] * 2
+    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+    def results(function, *arrays):
+        def loss(*arrays):
+            out = function(*arrays)
+            return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype) * out), out
+
+        gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+        return [out, *gradients]
+
+    scale = size**-0.5
+    plain = results(lambda *a: attention(*a, causal=causal), q, k, v)
+    kernel = results(lambda *a: interpreted(*a, scale=scale, causal=causal), q, k, v)
+    with jax.enable_x64(True):
+        exact = results(lambda *a: attention(*a, causal=causal), *(a.astype(np.float64) for a in (q, k, v)))
+    for ours, theirs, reference in zip(kernel, plain, exact, strict=True):
+        assert_closer(ours, theirs, reference, relative=2e-6 if dtype == np.float32 else 8e-3)
