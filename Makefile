@@ -38,21 +38,11 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 # The README's Python blocks, run as they stand.
-readme-# Intel's, which needs a Python of 3.12 or later beside this one.
-.plugins/.intel: .venv/.installed
-	$(BIN)/python -m kpx doctor --install xpu
-	touch $@
-
-test: .venv/.installed .plugins/.installed
+readme-test: .venv/.installed .plugins/.installed
 	$(BIN)/python -m tests.readme
 
 # The tests against the built wheel, in an environment of its own, from a folder where the checkout cannot be imported.
-wheel-# Intel's, which needs a Python of 3.12 or later beside this one.
-.plugins/.intel: .venv/.installed
-	$(BIN)/python -m kpx doctor --install xpu
-	touch $@
-
-test: .venv/.installed .plugins/.installed
+wheel-test: .venv/.installed .plugins/.installed
 	rm -rf build dist .venv-wheel
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(PYTHON) -m venv .venv-wheel
