@@ -209,9 +209,9 @@ def convert_of_chosen_constants(op):
     inner = producer(op.operand, stablehlo.SelectOp)
     if inner is None or not (m.is_float(op.operand) and m.is_float(op.result)):
         return None
-    numbers = [splat(v) for v in (inner.on_true, inner.on_false)]
+    numbers = [float(n) for v in (inner.on_true, inner.on_false) if (n := splat(v)) is not None]
     kind = m.dtype(op.result)
-    if kind is None or any(n is None or np.isnan(n) for n in numbers):
+    if kind is None or len(numbers) != 2 or any(np.isnan(numbers)):
         return None
     converted = [float(np.asarray(n, m.dtype(op.operand)).astype(kind)) for n in numbers]
     if any(np.isinf(c) != np.isinf(n) or 0 < abs(c) < 1e-30 for c, n in zip(converted, numbers, strict=True)):
