@@ -44,14 +44,34 @@ def _visible(scores):
     return row >= column
 
 
-_MASKED: dict[str, tuple[Callable, ...]] = {
-    "full": (lambda scores, low: scores,),
+# Of each inner tuple, one skeleton.
+_MASKED: dict[str, tuple[tuple[Callable, ...], ...]] = {
+    "full": ((lambda scores, low: scores,),),
     "causal": (
-        lambda scores, low: jnp.where(_visible(scores), scores, jnp.asarray(low, scores.dtype)),
-        lambda scores, low: jnp.where(np.tri(*scores.shape[-2:], dtype=bool), scores, jnp.asarray(low, scores.dtype)),
-        lambda scores, low: scores + jnp.where(_visible(scores), 0, jnp.asarray(low, scores.dtype)),
+        (
+            lambda scores, low: jnp.where(_visible(scores), scores, jnp.asarray(low, scores.dtype)),
+            lambda scores, low: jnp.where(
+                np.tri(*scores.shape[-2:], dtype=bool), scores, jnp.asarray(low, scores.dtype)
+            ),
+        ),
+        (lambda scores, low: scores + jnp.where(_visible(scores), 0, jnp.asarray(low, scores.dtype)),),
     ),
 }
+
+
+def _by_hand(scores, axis):
+    powers = jnp.exp(scores - jnp.max(scores, axis, keepdims=True))
+    return powers / jnp.sum(powers, axis, keepdims=True)
+
+
+def _by_hand_stopped(scores, axis):
+    powers = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis, keepdims=True)))
+    return powers / jnp.sum(powers, axis, keepdims=True)
+
+
+# Alike as they are, and told apart by their gradients.
+_LIBRARYS: tuple[Callable, ...] = (jax.nn.softmax,)
+_HANDMADE: tuple[Callable, ...] = (_by_hand, _by_hand_stopped)
 
 # Where scores are widened for the softmax: never, before they are masked, or after.
 _WIDENED = ("never", "before", "after")
@@ -61,13 +81,13 @@ def _wide(array):
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _spelling(layout: str, scaled: Callable, masked: Callable, widened: str) -> Callable:
+def _spelling(layout: str, scaled: Callable, masked: Callable, widened: str, softmax: Callable) -> Callable:
     dot, combine = _LAYOUTS[layout]
 
     def search(q, k, v, **given):
         scores = scaled(q, k, dot, given.get("scale"))
         scores = masked(_wide(scores) if widened == "before" else scores, given.get("low"))
-        weights = jax.nn.softmax(_wide(scores) if widened == "after" else scores, axis=-1)
+        weights = softmax(_wide(scores) if widened == "after" else scores, -1)
         return combine(weights.astype(q.dtype), v)
 
     return search
@@ -86,22 +106,35 @@ def _supports(q, k, v, *, scale: float = 1.0, low: float = -np.inf) -> str | Non
     return None if low < -1e4 else f"what is hidden gets {low:g}, which is not out of sight"
 
 
-for _layout, _scale, _mask in itertools.product(_LAYOUTS, _SCALED, _MASKED):
-    _shape = (2, 4, 8, 16) if _layout == "heads_first" else (2, 8, 4, 16)
-    _numbers = {} if _scale == "unscaled" else {"scale": 4.0 if _scale == "divided" else 0.25}
-    _numbers |= {"low": -np.inf} if _mask == "causal" else {}
-    builtin(
-        f"attention.{_mask}.{_scale}.{_layout}",
-        [
-            tuple(_spelling(_layout, _scaled, _masked, _widened) for _widened in _WIDENED)
-            for _scaled, _masked in itertools.product(_SCALED[_scale], _MASKED[_mask])
-        ],
-        _replacement(_layout, _scale, _mask),
-        [(_shape, jnp.bfloat16)] * 3,
-        _supports,
-        fixed_ranks=True,
-        **_numbers,
-    )
+def _groups(layout: str, scale: str, mask: str, softmaxes: tuple[Callable, ...]) -> list[tuple[Callable, ...]]:
+    return [
+        tuple(
+            _spelling(layout, scaled, masked, widened, softmax)
+            for masked, widened in itertools.product(alike, _WIDENED)
+        )
+        for scaled, alike, softmax in itertools.product(_SCALED[scale], _MASKED[mask], softmaxes)
+    ]
+
+
+def _register(scale: str, mask: str) -> None:
+    numbers = {} if scale == "unscaled" else {"scale": 4.0 if scale == "divided" else 0.25}
+    numbers |= {"low": -np.inf} if mask == "causal" else {}
+    for layout in _LAYOUTS:
+        shape = (2, 4, 8, 16) if layout == "heads_first" else (2, 8, 4, 16)
+        builtin(
+            f"attention.{mask}.{scale}.{layout}",
+            _groups(layout, scale, mask, _LIBRARYS),
+            _replacement(layout, scale, mask),
+            [(shape, jnp.bfloat16)] * 3,
+            _supports,
+            fixed_ranks=True,
+            differentiated=_groups(layout, scale, mask, _HANDMADE),
+            **numbers,
+        )
+
+
+for _scale, _mask in itertools.product(_SCALED, _MASKED):
+    _register(_scale, _mask)
 
 
 def _library(causal: bool) -> Callable:

@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kpx.errors import InputError
 
@@ -34,7 +35,10 @@ class Pattern:
         numbers: keywords that are constants in a module, with an example of each.
         supports: `(*structs, **numbers)` gives the reason why a case is left alone, or None.
         fixed_ranks: whether arrays have the ranks that they have in the example.
-        checked: whether it is compared with what it replaces before it is first used.
+        checked: whether it need not be compared with what it replaces before it is first used.
+        differentiated: further spellings, which only their gradients tell apart from those of `searches`.
+        gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
+            and the gradients by every array.
     """
 
     name: str
@@ -45,15 +49,17 @@ class Pattern:
     supports: Callable[..., str | None] | None = None
     fixed_ranks: bool = False
     checked: bool = False
+    differentiated: tuple[tuple[Callable, ...], ...] = ()
+    gradient_of: Pattern | None = None
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
-        return itertools.chain.from_iterable(self.searches)
+        return itertools.chain.from_iterable((*self.searches, *self.differentiated))
 
     @property
     def label(self) -> str:
         """What reports count it as."""
-        return f"kpx.{self.name.partition('.')[0]}"
+        return f"kpx.{self.name.partition('.')[0]}" + (" and its gradient" if self.gradient_of else "")
 
 
 _PATTERNS: dict[str, Pattern] = {}
@@ -99,6 +105,38 @@ def _load_packages() -> None:
         entry.load()()
 
 
+@functools.cache
+def with_gradient(pattern: Pattern) -> Pattern | None:
+    """A pattern's forward and backward pass as one pattern; None where it has several results, or integers among its inputs."""
+    results = _results(pattern.replace, pattern)
+    if len(results) != 1 or not all(jnp.issubdtype(s.dtype, jnp.floating) for s in pattern.example):
+        return None
+    ((shape, dtype),) = results
+    return Pattern(
+        name=f"{pattern.name}.gradient",
+        searches=tuple(tuple(map(_differentiated, g)) for g in (*pattern.searches, *pattern.differentiated)),
+        replace=_differentiated(pattern.replace),
+        example=(*pattern.example, jax.ShapeDtypeStruct(shape, dtype)),
+        numbers=pattern.numbers,
+        supports=None if pattern.supports is None else functools.partial(_supports_all_but_last, pattern.supports),
+        fixed_ranks=pattern.fixed_ranks,
+        checked=pattern.checked,
+        gradient_of=pattern,
+    )
+
+
+def _differentiated(function: Callable) -> Callable:
+    def both(*arrays, **numbers):
+        out, pull = jax.vjp(functools.partial(function, **numbers), *arrays[:-1])
+        return out, *pull(arrays[-1])
+
+    return both
+
+
+def _supports_all_but_last(supports: Callable, *structs, **numbers) -> str | None:
+    return supports(*structs[:-1], **numbers)
+
+
 def find(composite: str) -> Pattern | None:
     """The pattern behind a composite's name, or None where it is somebody else's."""
     return _PATTERNS.get(composite.removeprefix(PREFIX)) if composite.startswith(PREFIX) else None
@@ -112,12 +150,15 @@ def builtin(
     supports: Callable[..., str | None] | None = None,
     *,
     fixed_ranks: bool = False,
+    differentiated: Sequence[tuple[Callable, ...]] = (),
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
     structs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in example)
     groups = tuple(group if isinstance(group, tuple) else (group,) for group in searches)
-    return register(Pattern(name, groups, replace, structs, numbers, supports, fixed_ranks, checked=True))
+    return register(
+        Pattern(name, groups, replace, structs, numbers, supports, fixed_ranks, True, tuple(differentiated))
+    )
 
 
 def _results(function: Callable, pattern: Pattern) -> list[tuple[tuple[int, ...], str]]:

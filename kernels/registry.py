@@ -7,6 +7,8 @@ supports the case, the decomposition runs.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +60,10 @@ class Kernel:
         Differentiated or batched, it becomes its decomposition: derivatives of every order, forward and
         reverse, and any batching are those of plain JAX.
         """
+        if (target := _TARGET.get()) is not None:
+            structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+            chosen, _ = self.choose(target, structs, attributes)
+            return (self.decomposition if chosen is None else chosen.function)(*arrays, **attributes)
         return _composite.bind(*arrays, kernel=self.name, attributes=tuple(sorted(attributes.items())))
 
     def on(self, target: str, *, supports: Supports = supports_everything) -> Callable:
@@ -88,6 +94,19 @@ class Kernel:
                 return implementation, refused
             refused[implementation.name] = reason
         return None, refused
+
+
+_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("kpx_kernels_for", default=None)
+
+
+@contextlib.contextmanager
+def implemented_for(target: str) -> Iterator[None]:
+    """Kernels that are called inside are their implementations for a target, with the gradients that those define."""
+    token = _TARGET.set(target)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 _KERNELS: dict[str, Kernel] = {}

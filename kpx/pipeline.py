@@ -88,8 +88,8 @@ def fuse(module: ir.Module, context: Context) -> None:
     """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
     if (device := _kernels_for(module, context)) is not None:
         disabled = frozenset(context.config.disable)
-        fusion.fuse(module, device.platform, context.fuel, context.report, disabled)
-    context.fusions = composites.count(module)
+        context.fusions = dict(fusion.fuse(module, device, context.fuel, context.report, disabled))
+    context.fusions |= composites.count(module)
 
 
 def choose_kernels(module: ir.Module, context: Context) -> None:

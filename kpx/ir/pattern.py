@@ -54,9 +54,14 @@ class Graph:
     nodes: tuple[Node, ...]
     types: tuple[str, ...]
     producers: dict[int, Node] = field(init=False, repr=False)
+    _closed: set[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.producers = {result: node for node in self.nodes for result in node.results}
+        self._closed = set()
+        for node in self.nodes:  # operands first
+            if self._closed.issuperset(node.operands):
+                self._closed.update(node.results)
 
     def bare(self, value: int) -> int:
         """What a value is made of, less what a skeleton leaves out."""
@@ -66,8 +71,7 @@ class Graph:
 
     def is_closed(self, value: int) -> bool:
         """Whether a value depends on no input."""
-        node = self.producers.get(value)
-        return node is not None and all(map(self.is_closed, node.operands))
+        return value in self._closed
 
     @property
     def anchor(self) -> str:
@@ -154,13 +158,19 @@ class Skeleton:
     numbers: Mapping[int, float]
     outputs: tuple[tuple[Value, ...], ...]
 
-    def bindings(self) -> Iterator[tuple[dict[int, Value], tuple[Value, ...]]]:
-        """Ways of choosing inputs and outputs, those that take in the most first."""
-        names = list(self.inputs)
-        choices = [tuple(reversed(self.inputs[name])) for name in names]
-        outs = [tuple(reversed(o)) for o in self.outputs]
-        for chosen in itertools.islice(itertools.product(*outs, *choices), _MOST_BINDINGS):
-            yield dict(zip(names, chosen[len(outs) :], strict=True)), chosen[: len(outs)]
+    def bindings(self) -> Iterator[dict[int, Value]]:
+        """Ways of choosing the inputs, those that take in the most first."""
+        choices = [tuple(reversed(values)) for values in self.inputs.values()]
+        for chosen in itertools.islice(itertools.product(*choices), _MOST_BINDINGS):
+            yield dict(zip(self.inputs, chosen, strict=True))
+
+    def results(self, types: Sequence[str]) -> Iterator[tuple[Value, ...]]:
+        """Ways of choosing the outputs that have these types, those that take in the most first."""
+        choices = [
+            [v for v in reversed(values) if str(v.type) == kind]
+            for values, kind in zip(self.outputs, types, strict=True)
+        ]
+        return itertools.islice(itertools.product(*choices), _MOST_BINDINGS)
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,8 @@ class Matcher:
             return
         node, op = pattern.producers.get(number), m.producer(value)
         if node is None or op is None or node.name != op.operation.name or len(node.operands) != len(op.operands):
+            return
+        if pattern.types[number] != str(value.type):  # before a large constant is made text
             return
         if self._key(op) != node.key or node.results.index(number) != list(op.results).index(value):
             return
@@ -326,15 +338,20 @@ class _Search:
 
     def _steps(self, output: int, state: _State) -> tuple[int, list[str]] | None:
         """From a value that is matched, one that is computed if there is one, the names of the ops up to an output."""
-        node = self.pattern.producers.get(output)
-        if output in state.values or node is None:
-            return (output, []) if output in state.values or output in state.inputs else None
-        found = [
-            (steps[0], [*steps[1], node.name])
-            for operand in node.operands
-            if (steps := self._steps(self.pattern.bare(operand), state)) is not None
-        ]
-        return min(found, key=lambda s: (s[0] in state.inputs, len(s[1])), default=None)
+        known: dict[int, tuple[int, list[str]] | None] = {}
+
+        def visit(value: int) -> tuple[int, list[str]] | None:
+            if value not in known:
+                node = self.pattern.producers.get(value)
+                if value in state.values or value in state.inputs:
+                    known[value] = (value, [])
+                else:
+                    below = [visit(self.pattern.bare(o)) for o in node.operands] if node is not None else []
+                    found = [(start, [*names, node.name]) for start, names in filter(None, below)] if node else []
+                    known[value] = min(found, key=lambda s: (s[0] in state.inputs, len(s[1])), default=None)
+            return known[value]
+
+        return visit(output)
 
 
 def _downwards(value: Value) -> list[Value]:

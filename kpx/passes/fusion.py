@@ -19,7 +19,8 @@ from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
-from kpx.passes import canonicalize, precision
+from kpx.passes import canonicalize, pairs, precision
+from kpx.passes.composites import Device
 
 # Ops of a match that others may use too, since computing them again costs next to nothing.
 _FREE = {"constant", "iota", "convert", "broadcast_in_dim", "reshape"}
@@ -42,7 +43,7 @@ class Match:
 
 
 def fuse(
-    module: ir.Module, platform: str, fuel: Fuel, report: Report, disabled: frozenset[str] = frozenset()
+    module: ir.Module, device: Device, fuel: Fuel, report: Report, disabled: frozenset[str] = frozenset()
 ) -> collections.Counter[str]:
     """Holds what patterns recognise as composites, in place; each one's decomposition is the ops that it was.
 
@@ -50,21 +51,34 @@ def fuse(
     the platform are not looked for. A pattern of somebody else's is compared with its replacement before it is first
     used; where they differ, it is left out, and the report says so.
 
+    In a module that JAX has differentiated, patterns are looked for with their gradients too, and what is found becomes
+    its kernels' forward and backward pass at once.
+
     Returns:
-        How often each pattern was found.
+        How often each was found with its gradient; the others are composites, and can be counted as such.
     """
     counts: collections.Counter[str] = collections.Counter()
+    m.run_passes(module, "cse")  # as in the patterns, one value is made once
     with module.context, ir.Location.unknown():
         taken: set[Value] = set()
         replaced: dict[Value, Value] = {}
-        for match in sorted(_matches(module, platform, disabled), key=lambda match: -match.gain):
+        for match in sorted(_matches(module, device.platform, disabled), key=lambda match: -match.gain):
             touched = {r for op in match.ops for r in op.results if not _is_free(op)}
             if touched & taken or not _may_be_used(match.pattern, report) or not fuel.burn():
                 continue
             taken |= touched
-            _replace(module, match, replaced)
-            counts[match.pattern.name] += 1
+            inputs = [replaced.get(v, v) for v in match.inputs]
+            if (base := match.pattern.gradient_of) is not None:
+                results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers)
+                counts[match.pattern.label] += 1
+            else:
+                results = _composite(module, match, inputs)
+            for old, new in zip(match.outputs, results, strict=True):
+                old.replace_all_uses_with(new)
+                replaced[old] = new
     if counts:
+        m.inline_calls(module)
+    if taken:
         erase_dead(module)
         m.run_passes(module, "cse")
     return counts
@@ -80,61 +94,80 @@ def _may_be_used(pattern: Pattern, report: Report) -> bool:
 
 
 def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:
-    by_anchor: dict[str, dict[str, list[tuple[Pattern, int]]]] = collections.defaultdict(dict)
-    for pattern in registry.patterns():
-        if pattern.name not in disabled and _is_of_use(pattern, platform):
-            for group in range(len(pattern.searches)):
-                skeleton = _skeleton(pattern, group)
-                by_anchor[skeleton.anchor].setdefault(skeleton.bones(), []).append((pattern, group))
+    """Where patterns are, and where they are with their gradients, which are looked for where a skeleton was found."""
     matcher = Matcher()
+    candidates = [p for p in registry.patterns() if p.name not in disabled and _is_of_use(p, platform)]
+    recognised: dict[Pattern, None] = {}
+    yield from _search(module, matcher, candidates, platform, recognised)
+    if _is_differentiated(module):
+        pairs = [pair for p in recognised if (pair := registry.with_gradient(p)) is not None]
+        yield from _search(module, matcher, pairs, platform, {})
+
+
+def _search(
+    module: ir.Module, matcher: Matcher, candidates: Sequence[Pattern], platform: str, recognised: dict[Pattern, None]
+) -> Iterator[Match]:
+    """Where patterns are; those whose skeleton is there, if not the pattern, join those that are recognised."""
+    by_anchor: dict[str, dict[str, list[tuple[Pattern, int]]]] = collections.defaultdict(dict)
+    for pattern in candidates:
+        for group in range(len(pattern.searches)):
+            skeleton = _skeleton(pattern, group)
+            by_anchor[skeleton.anchor].setdefault(skeleton.bones(), []).append((pattern, group))
     for op in m.walk(m.main(module)):
         for alike in by_anchor.get(op.operation.name, {}).values():
-            if (found := _match(matcher, alike, op, platform)) is not None:
+            if (found := _match(matcher, alike, op, platform, recognised)) is not None:
                 yield found
 
 
-def _match(matcher: Matcher, alike: Sequence[tuple[Pattern, int]], op: Any, platform: str) -> Match | None:
+def _match(
+    matcher: Matcher,
+    alike: Sequence[tuple[Pattern, int]],
+    op: Any,
+    platform: str,
+    recognised: dict[Pattern, None],
+) -> Match | None:
     """The first of patterns with one skeleton that is there, its first output made by an op."""
     skeleton = _skeleton(*alike[0])
     count = len(alike[0][0].example)
     for found in matcher.skeletons(skeleton, skeleton.inputs[count:], op):
+        recognised |= dict.fromkeys(pattern for pattern, _ in alike)
         constants = [found.numbers[number] for number in skeleton.inputs[count:]]
-        for chosen, outputs in found.bindings():
+        for chosen in found.bindings():
             inputs = tuple(chosen[a] for a in skeleton.inputs[:count])
             for pattern, group in alike:
                 numbers = dict(zip(pattern.numbers, constants, strict=True))
-                if (ops := _ops(matcher, pattern, group, inputs, outputs, numbers, platform)) is not None:
-                    gain = sum(_bytes(r) for o in ops if not _is_free(o) for r in o.results if r not in outputs)
-                    return Match(pattern, inputs, outputs, tuple(ops), numbers, gain)
+                for graph in _graphs(pattern, group, inputs, numbers, platform):
+                    for outputs in found.results([graph.types[o] for o in graph.outputs]):
+                        ops = matcher.exactly(graph, inputs, outputs)
+                        if ops is not None and _is_closed(ops, outputs):
+                            return Match(pattern, inputs, outputs, tuple(ops), numbers, _gain(ops, outputs))
     return None
 
 
-def _ops(
-    matcher: Matcher,
-    pattern: Pattern,
-    group: int,
-    inputs: Sequence[Value],
-    outputs: Sequence[Value],
-    numbers: dict[str, float],
-    platform: str,
-) -> list[Any] | None:
-    """The ops that are a pattern, in one of a group of spellings, between inputs and outputs."""
+def _graphs(
+    pattern: Pattern, group: int, inputs: Sequence[Value], numbers: dict[str, float], platform: str
+) -> Iterator[Graph]:
+    """The spellings of a group at the types of a module's values, each graph once."""
     if pattern.fixed_ranks and [m.rank(v) for v in inputs] != [len(s.shape) for s in pattern.example]:
-        return None
+        return
     structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
-    wide = any(m.element_type(v).endswith("64") for v in (*inputs, *outputs))
+    wide = any(m.element_type(v).endswith("64") for v in inputs)
+    seen = set()
     for spelling in range(len(pattern.searches[group])):
         graph = _exact(pattern, group, spelling, structs, tuple(numbers.items()), wide, platform == "cpu")
-        if graph is None or [str(v.type) for v in outputs] != [graph.types[o] for o in graph.outputs]:
-            continue
-        ops = matcher.exactly(graph, inputs, outputs)
-        if ops is not None and _is_closed(ops, outputs):
-            return ops
-    return None
+        if graph is not None and graph.nodes not in seen:
+            seen.add(graph.nodes)
+            yield graph
+
+
+def _gain(ops: Sequence[Any], outputs: Sequence[Value]) -> int:
+    return sum(_bytes(r) for op in ops if not _is_free(op) for r in op.results if r not in outputs)
 
 
 def _is_closed(ops: Sequence[Any], outputs: Sequence[Value]) -> bool:
-    """Whether nothing outside needs what is between a match's inputs and outputs."""
+    """Whether nothing outside needs what is between a match's inputs and outputs, which are made in one place."""
+    if len({m.producer(v).operation.parent for v in outputs}) > 1:
+        return False
     inside = {op.results[0] for op in ops}
     for op in ops:
         for result in op.results:
@@ -155,9 +188,8 @@ def _bytes(value: Value) -> int:
     return m.size(value) * (dtype.itemsize if dtype is not None else 1)
 
 
-def _replace(module: ir.Module, match: Match, replaced: dict[Value, Value]) -> None:
-    inputs = [replaced.get(v, v) for v in match.inputs]
-    new = dict(zip(match.inputs, inputs, strict=True))
+def _composite(module: ir.Module, match: Match, inputs: Sequence[Value]) -> list[Value]:
+    """Holds a match as a composite, before the op that made its result."""
     name = registry.PREFIX + match.pattern.name
     symbol = outline(module, name, match.inputs, match.outputs, match.ops)
     before = m.producer(match.outputs[0])
@@ -165,14 +197,19 @@ def _replace(module: ir.Module, match: Match, replaced: dict[Value, Value]) -> N
     with ir.InsertionPoint(before.operation), before.operation.location:
         made = stablehlo.CompositeOp(
             [v.type for v in match.outputs],
-            [new[v] for v in match.inputs],
+            list(inputs),
             name=name,
             composite_attributes=ir.DictAttr.get(attributes),
             decomposition=ir.FlatSymbolRefAttr.get(symbol),
         )
-    for old, value in zip(match.outputs, made.results, strict=True):
-        old.replace_all_uses_with(value)
-        replaced[old] = value
+    return list(made.results)
+
+
+def _is_differentiated(module: ir.Module) -> bool:
+    """Whether a product of a module is one that JAX made when it differentiated."""
+    return any(
+        "transpose(" in m.source_path(op) for op in m.walk(m.main(module)) if isinstance(op, stablehlo.DotGeneralOp)
+    )
 
 
 @functools.lru_cache(maxsize=1024)

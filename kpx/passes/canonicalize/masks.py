@@ -217,3 +217,36 @@ def convert_of_chosen_constants(op):
     if any(np.isinf(c) != np.isinf(n) or 0 < abs(c) < 1e-30 for c, n in zip(converted, numbers, strict=True)):
         return None  # overflow and subnormal numbers are each target's own
     return stablehlo.select(inner.pred, *(m.like(op.result, c) for c in converted))
+
+
+@rewrite(stablehlo.SelectOp, exact=True)
+def select_by_known_begins_true(op):
+    """Of a known predicate and its complement, the one whose first element is true is used.
+
+    Before:
+        func.func @main(%a: tensor<2x2xf32>, %b: tensor<2x2xf32>) -> tensor<2x2xf32> {
+          %0 = stablehlo.constant dense<[[false, true], [false, false]]> : tensor<2x2xi1>
+          %1 = stablehlo.select %0, %a, %b : tensor<2x2xi1>, tensor<2x2xf32>
+          return %1 : tensor<2x2xf32>
+        }
+    After:
+        func.func @main(%a: tensor<2x2xf32>, %b: tensor<2x2xf32>) -> tensor<2x2xf32> {
+          %0 = stablehlo.constant dense<[[true, false], [true, true]]> : tensor<2x2xi1>
+          %1 = stablehlo.select %0, %b, %a : tensor<2x2xi1>, tensor<2x2xf32>
+          return %1 : tensor<2x2xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<2x2xf32>, %b: tensor<2x2xf32>) -> tensor<2x2xf32> {
+          %0 = stablehlo.constant dense<[[true, false], [true, true]]> : tensor<2x2xi1>
+          %1 = stablehlo.select %0, %a, %b : tensor<2x2xi1>, tensor<2x2xf32>
+          return %1 : tensor<2x2xf32>
+        }
+    """
+    repeated = producer(op.pred, stablehlo.BroadcastInDimOp)
+    array = m.constant_value(op.pred if repeated is None else repeated.operand)
+    if array is None or not array.size or array.flat[0] or not array.any():
+        return None
+    complement = m.constant(~array)
+    if repeated is not None:
+        complement = m.broadcast(complement, m.shape(op.pred), integers(repeated.broadcast_dimensions))
+    return stablehlo.select(complement, op.on_false, op.on_true)

@@ -1,0 +1,83 @@
+"""Attention's forward and backward pass, found together in what JAX or PyTorch has differentiated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kpx
+from kpx.kernels.attention import attention_kernel
+from kpx.kernels.attention_tpu import interpreted
+from kpx.passes import fusion
+from tests.kernels.test_attention_fusion import (
+    HEADS_FIRST,
+    HEADS_THIRD,
+    LENGTH,
+    _mask_added,
+    _scaled_after,
+    _scaled_before_and_hidden,
+)
+from tests.reference import assert_closer
+
+WRITTEN = {
+    "scaled after": (_scaled_after, HEADS_FIRST),
+    "scaled before, hidden by where, heads third": (_scaled_before_and_hidden, HEADS_THIRD),
+    "a mask added": (_mask_added, HEADS_FIRST),
+    "JAX's own": (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), HEADS_THIRD),
+}
+
+
+def _gradients(function):
+    def loss(*arrays):
+        out = function(*arrays)
+        return jnp.sum(jnp.sin(out)), out
+
+    def both(*arrays):
+        gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+        return [out, *gradients]
+
+    return both
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_attention_and_its_gradient_become_a_tpus_kernels_and_never_hold_the_scores(written):
+    function, spec = WRITTEN[written]
+    compiled = kpx.compile(_gradients(function), spec, spec, spec, target="tpu-v5e")
+    assert compiled.fusions == {"kpx.attention and its gradient": 1}
+    assert compiled.hlo.count('custom_call_target="tpu_custom_call"') == 3  # forward; queries; keys and values
+    assert f"{LENGTH},{LENGTH}" not in compiled.hlo
+
+
+def test_a_gradient_by_values_alone_is_left_to_xla():
+    def by_values(q, k, v):
+        return jax.grad(lambda v: jnp.sum(_scaled_after(q, k, v) ** 2))(v)
+
+    compiled = kpx.compile(by_values, HEADS_FIRST, HEADS_FIRST, HEADS_FIRST, target="tpu-v5e")
+    assert "kpx.attention and its gradient" not in compiled.fusions
+
+
+@pytest.fixture
+def on_the_cpu():
+    """The TPU's kernel for the CPU, interpreted, so that what is spliced can be run."""
+    attention_kernel.on("cpu")(interpreted)
+    fusion._is_of_use.cache_clear()
+    yield
+    attention_kernel.implementations.pop()
+    fusion._is_of_use.cache_clear()
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_results_and_gradients_are_no_farther_from_an_f64_reference_than_xlas(written, on_the_cpu):
+    function, spec = WRITTEN[written]
+    heads_third = spec is HEADS_THIRD
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.standard_normal((2, 128, 3, 64) if heads_third else (2, 3, 128, 64)).astype(np.float32) for _ in "qkv"
+    ]
+    compiled = kpx.compile(_gradients(function), *arrays)
+    assert compiled.fusions == {"kpx.attention and its gradient": 1}
+    plain = jax.jit(_gradients(function))(*arrays)
+    with jax.enable_x64(True):
+        exact = _gradients(function)(*(a.astype(np.float64) for a in arrays))
+    for ours, theirs, reference in zip(compiled(*arrays), plain, exact, strict=True):
+        assert_closer(ours, theirs, reference, relative=2e-6)
