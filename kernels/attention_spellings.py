@@ -145,7 +145,7 @@ def _library(causal: bool) -> Callable:
 
 for _causal in (False, True):
     builtin(
-        f"attention.{'causal' if _causal else 'full'}.library",
+        f"attention.{'causal' if _causal else 'full'}.jax_nn",
         [_library(_causal)],
         _replacement("heads_third", "multiplied", "causal" if _causal else "full"),
         [((2, 8, 4, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16)],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from kpx.errors import RewriteWarning
 from kpx.ir import module as m
 from kpx.ir.module import func, ir, stablehlo
 from kpx.jax_internals import lower_alone
@@ -80,7 +82,10 @@ def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], 
             continue
         target = fields["decomposition"].value
         if choice.function is not None:
-            target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device)
+            try:
+                target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device)
+            except Exception as error:  # a kernel may be anyone's, and must not stop the model
+                choice = choices[case] = _failed(name, choice, error)
         if choice.function is None or patterns.find(name) is None:  # a fusion's kernels tell of themselves
             chosen[_label(name)] = choice.label
         else:
@@ -93,6 +98,16 @@ def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], 
     if chosen:
         m.inline_calls(module)
     return chosen
+
+
+def _failed(name: str, choice: Choice, error: Exception) -> Choice:
+    why = f"it raised {type(error).__name__}: {error}"
+    warnings.warn(
+        f"The kernel `{choice.label}` for `{_label(name)}` was left out: {why}. The model runs without it; please report this.",
+        RewriteWarning,
+        stacklevel=2,
+    )
+    return Choice(None, f"decomposition (XLA); {choice.label}: {why}")
 
 
 def composites(module: ir.Module) -> Iterator[Any]:
@@ -124,13 +139,13 @@ def _choose(name: str, device: Device | None, avals: tuple, attributes: dict[str
         function = None if implementation is None else implementation.function
         label = "decomposition (XLA)" if implementation is None else implementation.name
     else:
-        function, refused = _replacement(pattern, device, avals, attributes)
+        function, refused = replacement(pattern, device, avals, attributes)
         label = "as it was (XLA)" if function is None else "its kernel"
     reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
     return Choice(function, label + reasons)
 
 
-def _replacement(
+def replacement(
     pattern: patterns.Pattern, device: Device | None, avals: tuple, attributes: dict[str, Any]
 ) -> tuple[Callable | None, dict[str, str]]:
     """A pattern's replacement, where every kernel that it calls has an implementation, and otherwise why not."""

@@ -20,7 +20,7 @@ from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
 from kpx.passes import canonicalize, pairs, precision
-from kpx.passes.composites import Device
+from kpx.passes.composites import Device, replacement
 
 # Ops of a match that others may use too, since computing them again costs next to nothing.
 _FREE = {"constant", "iota", "convert", "broadcast_in_dim", "reshape"}
@@ -64,15 +64,19 @@ def fuse(
         replaced: dict[Value, Value] = {}
         for match in sorted(_matches(module, device.platform, disabled), key=lambda match: -match.gain):
             touched = {r for op in match.ops for r in op.results if not _is_free(op)}
-            if touched & taken or not _may_be_used(match.pattern, report) or not fuel.burn():
+            if touched & taken or not _may_be_used(match, device, report) or not fuel.burn():
                 continue
-            taken |= touched
             inputs = [replaced.get(v, v) for v in match.inputs]
             if (base := match.pattern.gradient_of) is not None:
-                results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers)
+                try:
+                    results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers)
+                except Exception as error:  # a kernel may be anyone's, and must not stop the model
+                    report.revert(match.pattern.name, f"it raised {type(error).__name__}: {error}.")
+                    continue
                 counts[match.pattern.label] += 1
             else:
                 results = _composite(module, match, inputs)
+            taken |= touched
             for old, new in zip(match.outputs, results, strict=True):
                 old.replace_all_uses_with(new)
                 replaced[old] = new
@@ -84,13 +88,17 @@ def fuse(
     return counts
 
 
-def _may_be_used(pattern: Pattern, report: Report) -> bool:
-    if pattern.name in report.reverted:
+def _may_be_used(match: Match, device: Device, report: Report) -> bool:
+    pattern = match.pattern.gradient_of or match.pattern
+    if match.pattern.name in report.reverted or pattern.name in report.reverted:
         return False
     if not pattern.checked and (failures := pattern_check.verdict(pattern).failures):
         report.revert(pattern.name, f"it is not what it replaces: {failures[0]}.")
         return False
-    return True
+    if match.pattern.gradient_of is None:
+        return True  # a composite, which is what it was where no kernel takes it
+    arrays = tuple(jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in match.inputs[:-1])
+    return replacement(pattern, device, arrays, match.numbers)[0] is not None
 
 
 def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:

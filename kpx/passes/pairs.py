@@ -47,18 +47,19 @@ def splice(
             return jax.tree.unflatten(pulls[-1], given[:-1])(given[-1])
 
     _, *saved = jax.eval_shape(forward, *structs[:-1])
-    made = _call(module, device, forward, structs[:-1], arrays, m.producer(outputs[0]))
+    # Both are lowered before the module is touched: what a kernel raises leaves it as it was.
+    donors = [
+        m.parse(
+            m.text(lower_alone(function, given, device.platform, device.kind), large_constants=True), module.context
+        )
+        for function, given in ((forward, structs[:-1]), (backward, [*saved, structs[-1]]))
+    ]
+    made = _call(module, donors[0], arrays, m.producer(outputs[0]))
     first = _first([m.producer(v) for v in outputs[1:]])
-    gradients = _call(module, device, backward, [*saved, structs[-1]], [*made[1:], cotangent], first)
-    return [made[0], *gradients]
+    return [made[0], *_call(module, donors[1], [*made[1:], cotangent], first)]
 
 
-def _call(
-    module: ir.Module, device: Device, function: Any, structs: Sequence[Any], operands: Sequence[Value], before: Any
-) -> list[Value]:
-    donor = m.parse(
-        m.text(lower_alone(function, structs, device.platform, device.kind), large_constants=True), module.context
-    )
+def _call(module: ir.Module, donor: ir.Module, operands: Sequence[Value], before: Any) -> list[Value]:
     types = [r.type for r in m.entry_block(m.main(donor)).operations[-1].operands]
     symbol = m.merge(module, donor, "kpx.pair")
     with module.context, ir.InsertionPoint(before.operation), before.operation.location:

@@ -56,6 +56,31 @@ def test_a_gradient_by_values_alone_is_left_to_xla():
     assert "kpx.attention and its gradient" not in compiled.fusions
 
 
+def test_a_gradient_that_the_kernel_does_not_support_is_left_to_xla():
+    spec = jax.ShapeDtypeStruct((2, 4, 100, 64), jnp.bfloat16)
+    compiled = kpx.compile(_gradients(_scaled_after), spec, spec, spec, target="tpu-v5e")
+    assert "kpx.attention and its gradient" not in compiled.fusions
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_kernel_that_raises_is_left_out_with_a_warning(differentiated):
+    def broken(query, key, value, *, scale, causal):
+        raise RuntimeError("no such instruction")
+
+    attention_kernel.on("cpu")(broken)
+    fusion._is_of_use.cache_clear()
+    try:
+        q, k, v = (np.random.default_rng(i).standard_normal((2, 2, 128, 64)).astype(np.float32) for i in range(3))
+        function = _gradients(_scaled_after) if differentiated else _scaled_after
+        with pytest.warns(kpx.RewriteWarning, match="no such instruction"):
+            compiled = kpx.compile(function, q, k, v)
+        for ours, theirs in zip(jax.tree.leaves(compiled(q, k, v)), jax.tree.leaves(function(q, k, v)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    finally:
+        attention_kernel.implementations.pop()
+        fusion._is_of_use.cache_clear()
+
+
 @pytest.fixture
 def on_the_cpu():
     """The TPU's kernel for the CPU, interpreted, so that what is spliced can be run."""
