@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels.attention import attention
+from kpx.kernels.attention import attention, attention_kernel
 from kpx.kernels.patterns import builtin
 
 # Products of queries and keys, and of weights and values, by the place of the heads.
@@ -151,5 +151,45 @@ for _causal in (False, True):
         [((2, 8, 4, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16)],
         _supports,
         fixed_ranks=True,
+        scale=0.25,
+    )
+
+
+# The composite's own decomposition, which it becomes when it is differentiated.
+
+_GROUPED = [((2, 4, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16)]
+
+
+def _kpxs(causal: bool, by_batch: bool) -> Callable:
+    def search(q, k, v, *mask, scale):
+        masks = [a[:, None, None] for a in mask] if by_batch else mask
+        return attention_kernel.decomposition(q, k, v, *masks, scale=scale, causal=causal)
+
+    return search
+
+
+def _kpxs_kernel(causal: bool, by_batch: bool) -> Callable:
+    def replace(q, k, v, *mask, scale):
+        masks = [a[:, None, None] for a in mask] if by_batch else mask
+        return attention_kernel(q, k, v, *masks, scale=scale, causal=causal)
+
+    return replace
+
+
+for _name, _causal, _by_batch, _masks in (
+    ("full", False, False, []),
+    ("causal", True, False, []),
+    ("masked", False, False, [((2, 1, 8, 8), jnp.bool_)]),
+    ("masked_by_batch", False, True, [((2, 8), jnp.bool_)]),
+    ("biased", False, False, [((2, 1, 8, 8), jnp.bfloat16)]),
+    ("biased_by_batch", False, True, [((2, 8), jnp.bfloat16)]),
+):
+    builtin(
+        f"attention.{_name}.kpx",
+        [_kpxs(_causal, _by_batch)],
+        _kpxs_kernel(_causal, _by_batch),
+        [*_GROUPED, *_masks],
+        fixed_ranks=True,
+        constant=(3,) if _masks else (),
         scale=0.25,
     )

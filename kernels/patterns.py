@@ -35,10 +35,11 @@ class Pattern:
         numbers: keywords that are constants in a module, with an example of each.
         supports: `(*structs, **numbers)` gives the reason why a case is left alone, or None.
         fixed_ranks: whether arrays have the ranks that they have in the example.
+        constant: the places of arrays that no gradient is looked for by (masks).
         checked: whether it need not be compared with what it replaces before it is first used.
         differentiated: further spellings, which only their gradients tell apart from those of `searches`.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
-            and the gradients by every array.
+            and the gradients by every array that is not constant.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Pattern:
     checked: bool = False
     differentiated: tuple[tuple[Callable, ...], ...] = ()
     gradient_of: Pattern | None = None
+    constant: tuple[int, ...] = ()
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
@@ -107,15 +109,19 @@ def _load_packages() -> None:
 
 @functools.cache
 def with_gradient(pattern: Pattern) -> Pattern | None:
-    """A pattern's forward and backward pass as one pattern; None where it has several results, or integers among its inputs."""
+    """A pattern's forward and backward pass as one pattern; None where it has several results, or gradients by integers."""
     results = _results(pattern.replace, pattern)
-    if len(results) != 1 or not all(jnp.issubdtype(s.dtype, jnp.floating) for s in pattern.example):
+    variable = [s for place, s in enumerate(pattern.example) if place not in pattern.constant]
+    if len(results) != 1 or not all(jnp.issubdtype(s.dtype, jnp.floating) for s in variable):
         return None
     ((shape, dtype),) = results
     return Pattern(
         name=f"{pattern.name}.gradient",
-        searches=tuple(tuple(map(_differentiated, g)) for g in (*pattern.searches, *pattern.differentiated)),
-        replace=_differentiated(pattern.replace),
+        searches=tuple(
+            tuple(_differentiated(search, pattern.constant) for search in group)
+            for group in (*pattern.searches, *pattern.differentiated)
+        ),
+        replace=_differentiated(pattern.replace, pattern.constant),
         example=(*pattern.example, jax.ShapeDtypeStruct(shape, dtype)),
         numbers=pattern.numbers,
         supports=None if pattern.supports is None else functools.partial(_supports_all_but_last, pattern.supports),
@@ -125,12 +131,23 @@ def with_gradient(pattern: Pattern) -> Pattern | None:
     )
 
 
-def _differentiated(function: Callable) -> Callable:
+def _differentiated(function: Callable, constant: tuple[int, ...]) -> Callable:
     def both(*arrays, **numbers):
-        out, pull = jax.vjp(functools.partial(function, **numbers), *arrays[:-1])
+        variable, whole = hold(functools.partial(function, **numbers), constant, arrays[:-1])
+        out, pull = jax.vjp(whole, *variable)
         return out, *pull(arrays[-1])
 
     return both
+
+
+def hold(function: Callable, constant: tuple[int, ...], arrays: Sequence[Any]) -> tuple[list[Any], Callable]:
+    """The arrays that are not constant, and a function's result as one of those alone."""
+
+    def of_variable(*given):
+        rest = iter(given)
+        return function(*(a if place in constant else next(rest) for place, a in enumerate(arrays)))
+
+    return [a for place, a in enumerate(arrays) if place not in constant], of_variable
 
 
 def _supports_all_but_last(supports: Callable, *structs, **numbers) -> str | None:
@@ -151,13 +168,16 @@ def builtin(
     *,
     fixed_ranks: bool = False,
     differentiated: Sequence[tuple[Callable, ...]] = (),
+    constant: tuple[int, ...] = (),
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
     structs = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in example)
     groups = tuple(group if isinstance(group, tuple) else (group,) for group in searches)
     return register(
-        Pattern(name, groups, replace, structs, numbers, supports, fixed_ranks, True, tuple(differentiated))
+        Pattern(
+            name, groups, replace, structs, numbers, supports, fixed_ranks, True, tuple(differentiated), None, constant
+        )
     )
 
 

@@ -124,7 +124,7 @@ def lower_alone(function: Callable, structs: Sequence[jax.ShapeDtypeStruct], pla
     """The StableHLO module of a function lowered for a device that may be absent; Pallas asks for its kind."""
     device = AbstractDevice(device_kind=device_kind, num_cores=1, platform=platform)
     with use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
-        lowered = jax.jit(function).trace(*structs).lower(lowering_platforms=(platform,))
+        lowered = jax.jit(function, keep_unused=True).trace(*structs).lower(lowering_platforms=(platform,))
     return lowered.compiler_ir("stablehlo")
 
 

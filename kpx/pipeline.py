@@ -12,7 +12,7 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
-from kpx.kernels import activation, attention_spellings, attention_tpu, norm  # noqa: F401  (their patterns are registered)
+from kpx.kernels import activation, attention_gpu, attention_spellings, attention_tpu, norm  # noqa: F401  (their patterns are registered)
 from kpx.passes import canonicalize, composites, convolution, epilogue, fusion, layout, library, precision
 from kpx.passes.composites import Device
 

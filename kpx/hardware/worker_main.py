@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 import uuid
+import zlib
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,15 +28,17 @@ from kpx.hardware import stubs
 from kpx.ir import module as m
 
 _KEPT = 4  # executables that can still be serialized
+_TOLD = 64  # programs whose text can still be asked for
 _NAMES_IN_JAX = {"xpu": "oneapi"}
 
 
 class Compiler:
-    """One vendor's compiler, and the executables that it made last."""
+    """One vendor's compiler, the executables that it made last, and their programs as text."""
 
     def __init__(self, platform: str):
         self._platform = platform
         self._executables: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._texts: collections.OrderedDict[str, bytes] = collections.OrderedDict()
         self._known_devices: dict[str, list[jax.Device]] = {}  # describing hundreds takes tens of milliseconds
 
     def compile(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +59,8 @@ class Compiler:
         memory["peak"] = getattr(stats, "peak_memory_in_bytes", 0)
         name = uuid.uuid4().hex  # another worker's names must not be taken for these
         self._executables[name] = executable
-        while len(self._executables) > _KEPT:
-            self._executables.popitem(last=False)
         return {
             "id": name,
-            "hlo": "\n\n".join(part.to_string() for part in executable.hlo_modules()),
             "memory": memory,
             "device_ids": [d.id for d in devices],
             "device_kind": devices[0].device_kind,
@@ -72,10 +72,25 @@ class Compiler:
             "peak_bytes": _peak_bytes(),
         }
 
+    def tidy(self) -> None:
+        """Prints the programs that have no text yet, which takes a tenth of a second for large ones and which nobody
+        waits for once an answer is out; gives the oldest up."""
+        for name in self._executables.keys() - self._texts.keys():
+            parts = self._executables[name].hlo_modules()
+            self._texts[name] = zlib.compress("\n\n".join(part.to_string() for part in parts).encode(), 1)
+        for kept, most in ((self._executables, _KEPT), (self._texts, _TOLD)):
+            while len(kept) > most:
+                kept.popitem(last=False)
+
+    def hlo(self, request: dict[str, Any]) -> dict[str, Any]:
+        """An executable's program as text; nothing where it has been given up."""
+        text = self._texts.get(request["id"])
+        return {"hlo": None if text is None else zlib.decompress(text).decode()}
+
     def serialize(self, request: dict[str, Any]) -> dict[str, Any]:
         """The vendor's own executable; nothing where it has been given up."""
         executable = self._executables.get(request["id"])
-        return {"bytes": None if executable is None else executable.serialize()}
+        return {"serialize": None if executable is None else executable.serialize()}
 
     def _devices(self, request: dict[str, Any]) -> list[jax.Device]:
         """The devices that partitions go to, in order: those of a mesh as the vendor's network favours it."""
@@ -137,6 +152,7 @@ def main(arguments: list[str]) -> None:
         except Exception as error:  # whatever a vendor's compiler raises is told to whoever asked
             answer = {"error": f"{type(error).__name__}: {error}"}
         connection.send(answer)
+        compiler.tidy()
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _graphs(
     wide = any(m.element_type(v).endswith("64") for v in inputs)
     seen = set()
     for spelling in range(len(pattern.searches[group])):
-        graph = _exact(pattern, group, spelling, structs, tuple(numbers.items()), wide, platform == "cpu")
+        graph = _exact(pattern, group, spelling, structs, tuple(numbers.items()), wide, platform)
         if graph is not None and graph.nodes not in seen:
             seen.add(graph.nodes)
             yield graph
@@ -243,12 +243,12 @@ def _skeleton(pattern: Pattern, group: int) -> Graph:
         return search(*arguments[:count], **dict(zip(names, arguments[count:], strict=True)))
 
     scalars = [jax.ShapeDtypeStruct((), jnp.float32) for _ in names]
-    return _graph(function, [*pattern.example, *scalars], on_cpu=True)
+    return _graph(function, [*pattern.example, *scalars], "cpu")
 
 
 @functools.lru_cache(maxsize=4096)
 def _exact(
-    pattern: Pattern, group: int, spelling: int, structs: tuple, numbers: tuple, wide: bool, on_cpu: bool
+    pattern: Pattern, group: int, spelling: int, structs: tuple, numbers: tuple, wide: bool, platform: str
 ) -> Graph | None:
     """A spelling at the types of a module's values; None where it cannot be traced there."""
     search = pattern.searches[group][spelling]
@@ -259,16 +259,17 @@ def _exact(
         return None
     try:
         with jax.enable_x64(wide):
-            return _graph(lambda *arrays: search(*arrays, **dict(numbers)), arguments, on_cpu=on_cpu)
+            return _graph(lambda *arrays: search(*arrays, **dict(numbers)), arguments, platform)
     except (TypeError, ValueError, IndexError):
         return None  # no such shapes
 
 
-def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct], *, on_cpu: bool) -> Graph:
-    lowered = jax.jit(lambda *arrays: function(*arrays), keep_unused=True).lower(*structs)
+def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct], platform: str) -> Graph:
+    traced = jax.jit(lambda *arrays: function(*arrays), keep_unused=True).trace(*structs)
+    lowered = traced.lower(lowering_platforms=(platform,))  # some lower products of two dtypes as such, some do not
     module = lowered.compiler_ir("stablehlo")
     m.inline_calls(module)
-    rules = canonicalize.RULES if on_cpu else [*canonicalize.RULES, precision.rounded_product_yields_bf16]
+    rules = canonicalize.RULES if platform == "cpu" else [*canonicalize.RULES, precision.rounded_product_yields_bf16]
     apply_rewrites(module, rules, Fuel(None), Report())
     m.run_passes(module, "cse,symbol-dce")
     return graph_of(m.main(module))

@@ -12,7 +12,7 @@ from kpx.ir import module as m
 from kpx.ir.module import Value, func, ir
 from kpx.jax_internals import lower_alone
 from kpx.kernels import registry as kernels
-from kpx.kernels.patterns import Pattern
+from kpx.kernels.patterns import Pattern, hold
 from kpx.passes.composites import Device
 
 
@@ -29,7 +29,7 @@ def splice(
     Args:
         pattern: what the result is of (not its pattern with gradients).
         inputs: the arrays, and the result's cotangent.
-        outputs: the result, and the gradients by each array.
+        outputs: the result, and the gradients by each array that is not constant.
     """
     arrays, cotangent = list(inputs[:-1]), inputs[-1]
     structs = [jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in inputs]
@@ -37,7 +37,8 @@ def splice(
 
     def forward(*arrays):
         with kernels.implemented_for(device.platform):
-            out, pull = jax.vjp(functools.partial(pattern.replace, **numbers), *arrays)
+            variable, function = hold(functools.partial(pattern.replace, **numbers), pattern.constant, arrays)
+            out, pull = jax.vjp(function, *variable)
         saved, tree = jax.tree.flatten(pull)
         pulls.append(tree)
         return out, *saved

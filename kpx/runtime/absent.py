@@ -6,6 +6,7 @@ import contextvars
 import io
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,8 @@ class AbsentExecutable:
     """What a worker compiled: everything but the call.
 
     Attributes:
-        seconds: how long the worker took: `prepare` (topology, parsing), `compile` (the vendor's own), `describe`.
+        seconds: how long it took: `compile` is the vendor's own time; `prepare` (topology, parsing), `describe` and
+            `exchange` (with the worker, waiting for it included) are what kpx adds.
         compiler_peak_bytes: the most memory that the worker held while it compiled.
         device_kind: what the vendor calls the device.
         remarks: what had to be done differently than usual.
@@ -50,6 +52,7 @@ class AbsentExecutable:
 
     def __init__(self, answer: Mapping[str, Any], request: dict[str, Any], target: Target, limit_s: float):
         self._answer, self._request, self._target, self._limit_s = dict(answer), request, target, limit_s
+        self._text: str | None = None
         self.seconds: dict[str, float] = dict(answer["seconds"])
         self.compiler_peak_bytes: int = answer["peak_bytes"]
         self.device_kind: str = answer["device_kind"]
@@ -63,7 +66,9 @@ class AbsentExecutable:
 
     def as_text(self) -> str:
         """The compiler's optimized program (HLO), of one device."""
-        return self._answer["hlo"]
+        if self._text is None:
+            self._text = str(self._recall("hlo"))
+        return self._text
 
     def memory_analysis(self) -> MemoryStats:
         """See `MemoryStats`."""
@@ -79,12 +84,16 @@ class AbsentExecutable:
         """
         if self._target.platform == "xpu":
             raise CompileError(f"What was compiled for {self._target} cannot be saved: its plugin does not serialize.")
+        return self._recall("serialize")
+
+    def _recall(self, what: str) -> Any:
+        """What the worker still knows of the executable, compiled anew where it has given it up or has ended."""
         worker = workers.worker(self._target)
-        answer = worker.ask({"do": "serialize", "id": self._answer["id"]}, self._limit_s)
-        if answer["bytes"] is None:  # given up since, or the worker that had it has ended
-            self._answer["id"] = worker.ask(self._request, self._limit_s)["id"]
-            answer = worker.ask({"do": "serialize", "id": self._answer["id"]}, self._limit_s)
-        return answer["bytes"]
+        answer = worker.ask({"do": what, "id": self._answer["id"]}, self._limit_s)
+        if answer[what] is None:
+            self._answer["id"] = worker.ask(dict(self._request), self._limit_s)["id"]
+            answer = worker.ask({"do": what, "id": self._answer["id"]}, self._limit_s)
+        return answer[what]
 
 
 def compile_absent(module: Any, target: Target, config: Config) -> AbsentExecutable:
@@ -135,7 +144,11 @@ _UNTILED = "Couldn't find output tile sizes"
 
 
 def _ask(request: dict[str, Any], target: Target, config: Config) -> AbsentExecutable:
-    answer = workers.worker(target).ask(dict(request), config.compile_seconds, PROGRESS.get())
+    worker = workers.worker(target)
+    started = time.perf_counter()
+    answer = worker.ask(dict(request), config.compile_seconds, PROGRESS.get())
+    seconds = answer["seconds"]
+    seconds["exchange"] = time.perf_counter() - started - sum(seconds.values())
     executable = AbsentExecutable(answer, dict(request), target, config.compile_seconds)
     executable.remarks = (xpu.REMARK,) if target.platform == "xpu" else ()
     return executable

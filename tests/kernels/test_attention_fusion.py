@@ -14,6 +14,7 @@ from kpx.kernels.attention_tpu import interpreted
 from tests.reference import assert_closer
 
 LENGTH = 1024
+TRITON_CALL = "__gpu$xla.gpu.triton"
 
 
 def _struct(*shape, dtype=jnp.bfloat16):
@@ -86,18 +87,27 @@ WRITTEN = {
 }
 
 
+KERNELS = {
+    "tpu-v5e": ("splash", "tpu_custom_call"),
+    "cuda:h100": ("flash_cuda", TRITON_CALL),
+    "rocm:mi300x": ("flash_rocm", TRITON_CALL),
+}
+
+
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("written", WRITTEN)
-def test_attention_becomes_a_tpus_kernel_and_never_holds_the_scores(written):
+def test_attention_becomes_a_kernel_and_never_holds_the_scores(written, target):
     function, spec = WRITTEN[written]
-    compiled = kpx.compile(function, spec, spec, spec, target="tpu-v5e")
+    kernel, custom_call = KERNELS[target]
+    compiled = kpx.compile(function, spec, spec, spec, target=target)
     assert compiled.fusions == {"kpx.attention": 1}
-    assert compiled.kernels["kpx.attention"] == "splash"
-    assert "tpu_custom_call" in compiled.hlo
+    assert compiled.kernels["kpx.attention"] == kernel
+    assert f'custom_call_target="{custom_call}"' in compiled.hlo
     assert f"{LENGTH},{LENGTH}" not in compiled.hlo
 
 
-@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e", "tpu-v5p"])
-def test_at_8192_a_tpu_holds_less_than_a_hundredth_of_the_scores(target):
+@pytest.mark.parametrize("target", ["tpu-v5e", "tpu-v6e", "tpu-v5p", "cuda:h100", "cuda:b200", "rocm:mi300x"])
+def test_at_8192_a_device_holds_less_than_a_hundredth_of_the_scores(target):
     spec = _struct(1, 8, 8192, 128)
     plain, fused = (
         kpx.compile(_scaled_after, spec, spec, spec, target=target, config=kpx.Config(level=level))

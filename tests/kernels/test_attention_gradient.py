@@ -12,6 +12,7 @@ from kpx.passes import fusion
 from tests.kernels.test_attention_fusion import (
     HEADS_FIRST,
     HEADS_THIRD,
+    KERNELS,
     LENGTH,
     _mask_added,
     _scaled_after,
@@ -39,12 +40,14 @@ def _gradients(function):
     return both
 
 
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("written", WRITTEN)
-def test_attention_and_its_gradient_become_a_tpus_kernels_and_never_hold_the_scores(written):
+def test_attention_and_its_gradient_become_kernels_and_never_hold_the_scores(written, target):
     function, spec = WRITTEN[written]
-    compiled = kpx.compile(_gradients(function), spec, spec, spec, target="tpu-v5e")
+    compiled = kpx.compile(_gradients(function), spec, spec, spec, target=target)
     assert compiled.fusions == {"kpx.attention and its gradient": 1}
-    assert compiled.hlo.count('custom_call_target="tpu_custom_call"') == 3  # forward; queries; keys and values
+    custom_call = f'custom_call_target="{KERNELS[target][1]}"'
+    assert compiled.hlo.count(custom_call) == 3  # forward; queries; keys and values
     assert f"{LENGTH},{LENGTH}" not in compiled.hlo
 
 

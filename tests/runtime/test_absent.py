@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import kpx
 from bench.cases import CASES
+from kpx.hardware import worker
 
 TARGETS = ["tpu-v5e:2x2", "tpu-v6e:2x2", "tpu-v5p:2x2x1", "tpu-v7x:2x2x1", "cuda:h100", "cuda:h200x8", "cuda:b200",
            "rocm:mi300x8", "cpu:avx2"]  # fmt: skip
@@ -114,6 +115,13 @@ def test_the_vendors_executable_is_saved(name, tmp_path):
 def test_an_executable_that_its_worker_gave_up_is_compiled_again_to_be_saved(tmp_path):
     compiled = [kpx.compile(lambda x, n=n: x * n, jnp.ones(8), target="cpu:avx2") for n in range(2, 8)]
     assert compiled[0].save(tmp_path / "first") > 1000
+
+
+def test_a_program_whose_worker_has_ended_is_compiled_again_to_be_read():
+    compiled = kpx.compile(lambda x: x * 3, jnp.ones(8), target="cpu:avx2")
+    worker.worker(compiled.target).stop()
+    assert "HloModule" in compiled.hlo
+    assert "multiply" in compiled.hlo
 
 
 @pytest.mark.parametrize("name", ["tpu-v5e", "cuda:h100", "rocm:mi300"])

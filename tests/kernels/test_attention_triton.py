@@ -1,0 +1,168 @@
+"""The GPUs' attention in Triton, interpreted: results and gradients against f64, and compiled for GPUs that are not here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kpx
+from kpx.kernels.attention import attention, attention_kernel
+from kpx.kernels.attention_gpu import flash
+from tests.reference import assert_closer
+
+pytest.importorskip("triton")
+
+# Batch, heads, heads of keys, length, keys, sizes of keys and of values.
+SHAPES = {
+    "blocks that divide": (1, 2, 2, 128, 128, 32, 32),
+    "blocks that do not": (2, 2, 2, 150, 150, 40, 40),
+    "grouped heads": (2, 4, 2, 70, 70, 16, 16),
+    "one key head": (1, 3, 1, 64, 64, 64, 64),
+    "values of another size": (1, 2, 2, 65, 65, 48, 16),
+    "more keys than queries": (1, 2, 1, 33, 260, 64, 64),
+    "more queries than keys": (1, 2, 2, 200, 60, 32, 32),
+    "one query": (2, 4, 2, 1, 260, 64, 64),
+    "one key": (1, 2, 2, 40, 1, 32, 32),
+    "large heads": (1, 1, 1, 32, 48, 256, 256),
+}
+
+
+def _arrays(shape, dtype, seed=0):
+    batch, heads, kv_heads, length, kv_length, size, value_size = shape
+    rng = np.random.default_rng(seed)
+    shapes = ((heads, length, size), (kv_heads, kv_length, size), (kv_heads, kv_length, value_size),
+              (heads, length, value_size))  # fmt: skip
+    return [rng.standard_normal((batch, *s)).astype(dtype) for s in shapes]
+
+
+def _both(function, *arrays):
+    out, pull = jax.vjp(function, *arrays[:-1])
+    return [out, *pull(arrays[-1])]
+
+
+def _check(shape, dtype=np.float32, *, relative=2e-6, platform="cuda", seed=0, hidden=None, added=None, **given):
+    """Results and gradients of the kernels are no farther from f64 than those of plain attention."""
+    *arrays, cotangent = _arrays(shape, dtype, seed)
+    given = {"scale": shape[5] ** -0.5, "causal": False, **given}
+    masks = [] if hidden is None else [hidden]
+
+    def called(function):
+        return lambda *arrays: function(*arrays, *masks, **given)
+
+    inputs = [*arrays, *([] if added is None else [added]), cotangent]
+    ours = jax.jit(functools.partial(_both, called(functools.partial(flash, platform=platform))))(*inputs)
+    plain = jax.jit(functools.partial(_both, called(attention_kernel.decomposition)))
+    theirs = plain(*inputs)
+    with jax.enable_x64(True):
+        exact = plain(*(np.asarray(a).astype(np.float64) for a in inputs))
+    for made, other, reference in zip(ours, theirs, exact, strict=True):
+        assert_closer(made, other, reference, relative=relative)
+    return ours
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_and_gradients_are_those_of_attention(shape, causal):
+    _check(SHAPES[shape], causal=causal)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_results_and_gradients_in_f16_are_those_of_attention(platform):
+    _check((1, 4, 2, 130, 130, 64, 64), np.float16, causal=True, platform=platform, relative=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_results_and_gradients_at_random_shapes_are_those_of_attention(seed):
+    rng = np.random.default_rng(100 + seed)
+    kv_heads, group, batch = (int(n) for n in rng.integers(1, 4, 3))
+    length, kv_length = (int(n) for n in rng.integers(1, 180, 2))
+    size, value_size = (int(n) for n in rng.integers(1, 70, 2))
+    shape = batch, kv_heads * group, kv_heads, length, kv_length, size, value_size
+    window = {"window": int(rng.integers(1, 200))} if rng.integers(2) else {}
+    _check(shape, causal=bool(rng.integers(2)), platform="rocm", relative=4e-6, seed=seed, **window)
+
+
+SETTINGS = {
+    "a causal window": {"causal": True, "window": 20},
+    "a window": {"window": 7},
+    "a cap": {"causal": True, "softcap": 2.0},
+    "a cap and a window": {"window": 40, "softcap": 0.5},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_results_and_gradients_are_those_of_attention_with(settings):
+    _check((2, 4, 2, 150, 150, 32, 32), **SETTINGS[settings])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 150), (1, 4, 150, 150), (150, 150), (2, 4, 150, 150)])
+def test_keys_that_bools_hide_have_no_weight(shape):
+    seen = np.random.default_rng(0).random(shape) < 0.6
+    _check((2, 4, 2, 150, 150, 32, 32), hidden=seen, causal=len(shape) == 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 70), (1, 4, 70, 70), (70, 70), (2, 4, 70, 70)])
+def test_numbers_that_are_added_have_gradients_too(shape):
+    added = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    _check((2, 4, 2, 70, 70, 32, 32), added=added, causal=len(shape) == 2, softcap=3.0, relative=4e-6)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
+    seen = np.ones((1, 1, 40, 40), bool)
+    seen[..., 5, :] = False
+    out, by_query, _, _ = _check((1, 2, 2, 40, 40, 16, 16), hidden=seen)
+    assert not np.any(out[:, :, 5])
+    assert not np.any(by_query[:, :, 5])
+
+
+def test_minus_infinity_that_is_added_hides():
+    added = np.where(np.random.default_rng(0).random((1, 1, 40, 40)) < 0.5, -np.inf, 0).astype(np.float32)
+    added[..., 7, :] = -np.inf
+    *arrays, _ = _arrays((1, 2, 2, 40, 40, 16, 16), np.float32)
+    ours, theirs = (f(*arrays, added, scale=1.0, causal=False) for f in
+                    (functools.partial(flash, platform="cuda"), attention_kernel.decomposition))  # fmt: skip
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not np.any(ours[:, :, 7])
+
+
+def test_large_scores_do_not_overflow():
+    arrays = [100 * a for a in _arrays((1, 1, 1, 40, 40, 32, 32), np.float32)]
+    out = flash(*arrays[:3], scale=1.0, causal=True, platform="cuda")
+    assert np.isfinite(out).all()
+
+
+def test_the_interpreter_refuses_bf16():
+    arrays = [jnp.ones((1, 2, 16, 16), jnp.bfloat16)] * 3
+    with pytest.raises(Exception, match=r"was given bf16, which Triton's interpreter does not know\. Use f16"):
+        flash(*arrays, scale=1.0, causal=False, platform="cuda")
+
+
+@pytest.mark.parametrize("target", ["cuda:a100", "cuda:h200", "cuda:b200", "rocm:mi300x"])
+@pytest.mark.parametrize(("size", "dtype"), [(40, jnp.bfloat16), (128, jnp.bfloat16), (256, jnp.float32)])
+def test_forward_and_backward_compile_for(target, size, dtype):
+    spec = jax.ShapeDtypeStruct((2, 8, 1000, size), dtype)
+    grouped = jax.ShapeDtypeStruct((2, 2, 1000, size), dtype)
+    platform = kpx.Target(target).platform
+
+    def both(q, k, v):
+        return _both(lambda *a: flash(*a, scale=0.1, causal=True, platform=platform), q, k, v, q)
+
+    compiled = kpx.compile(both, spec, grouped, grouped, target=target)
+    assert compiled.hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+
+
+REFUSED = {
+    "heads must be of 256 at most, and are of 512 and 512": {"size": 512},
+    "it takes bf16, f16 or f32 alone, not float64, float64, float64": {"dtype": jnp.float64},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_does_not_support_is_left_to_xla_with_the_reason(reason):
+    given = REFUSED[reason]
+    arrays = [jax.ShapeDtypeStruct((1, 2, 500, given.get("size", 64)), given.get("dtype", jnp.bfloat16))] * 3
+    with jax.enable_x64(True):
+        compiled = kpx.compile(attention, *arrays, target="cuda:h100")
+    assert compiled.kernels["kpx.attention"].endswith(f"(XLA); flash_cuda: {reason}")
