@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Compilers for targets that are not here, where the tests of all environments find them.
 export KPX_PLUGINS ?= $(CURDIR)/.plugins
 
-.PHONY: demo test lint format wheel-test readme-test clean
+.PHONY: demo test test-slow lint format wheel-test readme-test clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,7 +26,11 @@ demo: .venv/.installed
 	touch $@
 
 test: .venv/.installed .plugins/.installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not slow"
+
+# What repeats a check over many cases: every target's every model, the op database, random programs, patterns.
+test-slow: .venv/.installed .plugins/.installed
+	$(BIN)/python -m pytest tests -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -48,7 +52,7 @@ wheel-test: .venv/.installed .plugins/.installed
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[test]"
 	outside=$$(mktemp -d) && cp -r tests bench pyproject.toml $$outside && cd $$outside && \
-	  $(CURDIR)/.venv-wheel/bin/pytest tests -m "not models" -p no:cacheprovider && rm -rf $$outside
+	  $(CURDIR)/.venv-wheel/bin/pytest tests -m "not models and not slow" -p no:cacheprovider && rm -rf $$outside
 
 clean:
 	rm -rf build dist .venv .venv-wheel .plugins *.egg-info

@@ -113,22 +113,28 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
     elif context.device.platform == "cpu":
         rewriting(canonicalize.RULES)(module, context)
     else:
-        rewriting([*canonicalize.RULES, precision.rounded_product_yields_bf16])(module, context)
+        rewriting([*canonicalize.FOR_FUSION, precision.rounded_product_yields_bf16])(module, context)
 
 
 def stages(context: Context) -> list[Stage]:
     """The stages for a target, in order."""
-    on_cpu = [Stage("choose products", choose_products)]
+    on_cpu = context.device.platform == "cpu"
+    last = (
+        Stage("choose products", choose_products) if on_cpu else Stage("fold transposes", rewriting(canonicalize.LAST))
+    )
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
         # A decomposition that many ops share is canonicalized once, before it takes the place of each.
-        Stage("canonicalize decompositions", rewriting(canonicalize.RULES, callees=True)),
+        Stage(
+            "canonicalize decompositions",
+            rewriting(canonicalize.RULES if on_cpu else canonicalize.FOR_FUSION, callees=True),
+        ),
         Stage("decompose", decompose),
         Stage("clean up", mlir("cse,symbol-dce")),
         Stage("canonicalize, lay out", canonicalize_and_lay_out),
         Stage("fuse", fuse),
         Stage("choose kernels", choose_kernels),
-        *(on_cpu if context.device.platform == "cpu" else ()),
+        last,
         Stage("finish", mlir("cse,symbol-dce")),
     ]
 

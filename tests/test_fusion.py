@@ -216,6 +216,7 @@ def test_a_package_registers_its_patterns_by_entry_point(tmp_path, monkeypatch):
         kpx.fusion.unregister("theirs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [p for p in patterns.patterns() if p.checked], ids=lambda p: p.name)
 def test_kpxs_own_pattern_is_what_replaces_it(pattern):
     verdict = kpx.fusion.check(pattern, cases=0, spellings=1)

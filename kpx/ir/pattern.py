@@ -158,9 +158,18 @@ class Skeleton:
     numbers: Mapping[int, float]
     outputs: tuple[tuple[Value, ...], ...]
 
-    def bindings(self) -> Iterator[dict[int, Value]]:
-        """Ways of choosing the inputs, those that take in the most first."""
-        choices = [tuple(reversed(values)) for values in self.inputs.values()]
+    def bindings(self, ranks: Mapping[int, set[int]]) -> Iterator[dict[int, Value]]:
+        """Ways of choosing the inputs: those that take in the most conversions and broadcasts first, and of those the
+        ones that leave the most reshapes and transposes out.
+
+        Args:
+            ranks: by the number of an input, the ranks that it may have; any where it is not named.
+        """
+        choices = []
+        for number, values in self.inputs.items():
+            kept = next((i for i, v in enumerate(values) if _is_movement(v)), len(values) - 1) + 1
+            ordered = (*reversed(values[:kept]), *values[kept:])
+            choices.append([v for v in ordered if number not in ranks or m.rank(v) in ranks[number]])
         for chosen in itertools.islice(itertools.product(*choices), _MOST_BINDINGS):
             yield dict(zip(self.inputs, chosen, strict=True))
 
@@ -352,6 +361,11 @@ class _Search:
             return known[value]
 
         return visit(output)
+
+
+def _is_movement(value: Value) -> bool:
+    op = m.producer(value)
+    return op is not None and op.operation.name in ("stablehlo.reshape", "stablehlo.transpose")
 
 
 def _downwards(value: Value) -> list[Value]:

@@ -140,7 +140,7 @@ def _match(
     for found in matcher.skeletons(skeleton, skeleton.inputs[count:], op):
         recognised |= dict.fromkeys(pattern for pattern, _ in alike)
         constants = [found.numbers[number] for number in skeleton.inputs[count:]]
-        for chosen in found.bindings():
+        for chosen in found.bindings(_ranks(skeleton.inputs, [pattern for pattern, _ in alike])):
             inputs = tuple(chosen[a] for a in skeleton.inputs[:count])
             for pattern, group in alike:
                 numbers = dict(zip(pattern.numbers, constants, strict=True))
@@ -166,6 +166,16 @@ def _graphs(
         if graph is not None and graph.nodes not in seen:
             seen.add(graph.nodes)
             yield graph
+
+
+def _ranks(inputs: Sequence[int], alike: Sequence[Pattern]) -> dict[int, set[int]]:
+    """The ranks that inputs of patterns with one skeleton may have."""
+    if not all(pattern.fixed_ranks for pattern in alike):
+        return {}
+    return {
+        number: {len(p.example[place].shape) for p in alike}
+        for place, number in enumerate(inputs[: len(alike[0].example)])
+    }
 
 
 def _gain(ops: Sequence[Any], outputs: Sequence[Value]) -> int:
@@ -269,7 +279,8 @@ def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct], platform: str
     lowered = traced.lower(lowering_platforms=(platform,))  # some lower products of two dtypes as such, some do not
     module = lowered.compiler_ir("stablehlo")
     m.inline_calls(module)
-    rules = canonicalize.RULES if platform == "cpu" else [*canonicalize.RULES, precision.rounded_product_yields_bf16]
+    off_cpu = [*canonicalize.FOR_FUSION, precision.rounded_product_yields_bf16]
+    rules = canonicalize.RULES if platform == "cpu" else off_cpu
     apply_rewrites(module, rules, Fuel(None), Report())
     m.run_passes(module, "cse,symbol-dce")
     return graph_of(m.main(module))

@@ -248,6 +248,7 @@ def _only_draws(name):
     return all(opinfo_check.is_random(op, name, sample) for sample in samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPINFO)
 def test_the_op_databases_samples_have_pytorchs_values_and_gradients(name):
     reached = set()

@@ -12,6 +12,7 @@ ALL = [*TARGETS, *(pytest.param(name, marks=intel.needed) for name in EXPERIMENT
 SIZES = llama.Sizes(width=256, hidden=512, layers=4, heads=8, kv_heads=2, vocabulary=1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.models
