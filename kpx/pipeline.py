@@ -13,7 +13,7 @@ from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
 from kpx.kernels import activation, attention_gpu, attention_spellings, attention_tpu, norm  # noqa: F401  (their patterns are registered)
-from kpx.passes import canonicalize, composites, convolution, epilogue, fusion, layout, library, precision
+from kpx.passes import canonicalize, composites, convolution, epilogue, fusion, known_masks, layout, library, precision
 from kpx.passes.composites import Device
 
 
@@ -84,6 +84,12 @@ def decompose(module: ir.Module, context: Context) -> None:
     context.kernels |= composites.decompose_unsupported(module, _kernels_for(module, context))
 
 
+def know_masks(module: ir.Module, context: Context) -> None:
+    """A stage's body that computes the masks that no input decides."""
+    if _kernels_for(module, context) is not None:
+        known_masks.simplify(module)
+
+
 def fuse(module: ir.Module, context: Context) -> None:
     """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
     if (device := _kernels_for(module, context)) is not None:
@@ -129,6 +135,7 @@ def stages(context: Context) -> list[Stage]:
             "canonicalize decompositions",
             rewriting(canonicalize.RULES if on_cpu else canonicalize.FOR_FUSION, callees=True),
         ),
+        *([] if on_cpu else [Stage("know masks", know_masks)]),
         Stage("decompose", decompose),
         Stage("clean up", mlir("cse,symbol-dce")),
         Stage("canonicalize, lay out", canonicalize_and_lay_out),

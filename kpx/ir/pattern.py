@@ -285,7 +285,7 @@ class _Search:
                 yield bound
             return
         if self.pattern.is_closed(number):  # what it is may depend on shapes
-            if _is_closed(value):
+            if is_closed(value):
                 yield state
             return
         if number in state.values:
@@ -399,12 +399,12 @@ def _orders(node: Node) -> list[tuple[int, ...]]:
     return [tuple(range(len(node.operands)))]
 
 
-def _is_closed(value: Value, depth: int = 8) -> bool:
+def is_closed(value: Value, depth: int = 8) -> bool:
     """Whether a module's value is a constant, or is made of constants and counts in few steps."""
     op = m.producer(value)
     if op is None or depth == 0 or not op.operation.name.startswith("stablehlo."):
         return False
-    return all(_is_closed(operand, depth - 1) for operand in op.operands)
+    return all(is_closed(operand, depth - 1) for operand in op.operands)
 
 
 def _scaled(op: Any) -> Value | None:

@@ -16,6 +16,7 @@ from kpx.ir import module as m
 from kpx.ir.module import func, ir, stablehlo
 from kpx.jax_internals import lower_alone
 from kpx.kernels import patterns, registry
+from kpx.passes import known_masks
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,16 @@ def decompose_unsupported(module: ir.Module, device: Device | None) -> dict[str,
     Returns:
         What each of them runs as.
     """
-    return _lower(module, device, lambda choice: choice.function is None)
+    return _lower(module, device, _plain)
+
+
+def _plain(op: Any, choice: Choice) -> Choice | None:
+    """What is decomposed at once: what no kernel takes, and attention whose mask fusion finds an attribute for."""
+    if choice.function is None:
+        return choice
+    masked = [known_masks.is_by_position(v) for v in op.operands if m.element_type(v) == "i1"]
+    plain = set(m.dictionary(op.operation.attributes["composite_attributes"])) <= {"scale", "causal"}
+    return Choice(None, "") if masked and all(masked) and plain and m.rank(op.operands[0]) == 4 else None
 
 
 def lower_composites(module: ir.Module, device: Device | None) -> dict[str, str]:
@@ -62,14 +72,15 @@ def lower_composites(module: ir.Module, device: Device | None) -> dict[str, str]
         What each composite runs as: `{"kpx.attention": "decomposition (XLA)"}`.
     """
     chosen: dict[str, str] = {}
-    while found := _lower(module, device, lambda choice: True):
+    while found := _lower(module, device, lambda op, choice: choice):
         chosen |= found  # what takes a fusion's place may be made of composites
     return chosen
 
 
-def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], bool]) -> dict[str, str]:
+def _lower(module: ir.Module, device: Device | None, taken: Callable[[Any, Choice], Choice | None]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     choices: dict[tuple, Choice] = {}
+    any_left = False  # of what is not reported
     for op in list(composites(module)):
         fields = op.operation.attributes
         name, avals = fields["name"].value, tuple(map(_struct, op.operands))
@@ -77,8 +88,7 @@ def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], 
         case = (name, avals, tuple(sorted(attributes.items())))
         if case not in choices:
             choices[case] = _choose(name, device, avals, attributes)
-        choice = choices[case]
-        if not wanted(choice):
+        if (choice := taken(op, choices[case])) is None:
             continue
         target = fields["decomposition"].value
         if choice.function is not None:
@@ -86,7 +96,9 @@ def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], 
                 target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device)
             except Exception as error:  # a kernel may be anyone's, and must not stop the model
                 choice = choices[case] = _failed(name, choice, error)
-        if choice.function is None or patterns.find(name) is None:  # a fusion's kernels tell of themselves
+        if not choice.label:
+            any_left = True
+        elif choice.function is None or patterns.find(name) is None:  # a fusion's kernels tell of themselves
             chosen[_label(name)] = choice.label
         else:
             chosen.setdefault(_label(name), choice.label)
@@ -95,7 +107,7 @@ def _lower(module: ir.Module, device: Device | None, wanted: Callable[[Choice], 
         for old, new in zip(op.results, call.results, strict=True):
             old.replace_all_uses_with(new)
         op.operation.erase()
-    if chosen:
+    if chosen or any_left:
         m.inline_calls(module)
     return chosen
 

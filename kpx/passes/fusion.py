@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kpx.ir import module as m
 from kpx.ir.module import Value, ir, stablehlo
-from kpx.ir.pattern import Graph, Matcher, graph_of, outline
+from kpx.ir.pattern import Graph, Matcher, graph_of, is_closed, outline
 from kpx.ir.rewrite import Fuel, Report, apply_rewrites, erase_dead
 from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
@@ -198,7 +198,8 @@ def _is_closed(ops: Sequence[Any], outputs: Sequence[Value]) -> bool:
 
 
 def _is_free(op: Any) -> bool:
-    return op.operation.name.removeprefix("stablehlo.") in _FREE
+    """Whether others may use an op of a match too: it costs next to nothing, or no input decides it (a mask)."""
+    return op.operation.name.removeprefix("stablehlo.") in _FREE or all(map(is_closed, op.operands))
 
 
 def _bytes(value: Value) -> int:

@@ -4,14 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 
 import kpx
 from kpx.kernels.attention import attention
-from kpx.kernels.attention_tpu import interpreted
-from tests.reference import assert_closer
 
 LENGTH = 1024
 TRITON_CALL = "__gpu$xla.gpu.triton"
@@ -144,7 +141,7 @@ def test_is_left_alone(what):
 
 
 @pytest.mark.parametrize("shape, says", [
-    ((2, 4, 100, 64), "lengths must be multiples of 128"), ((2, 4, 128, 512), "heads must be of 256 at most"),
+    ((2, 4, 100, 64), "100 queries and 100 keys would become more than 1.25 times the work"), ((2, 4, 128, 512), "heads must be of 256 at most"),
 ])  # fmt: skip
 def test_a_case_that_the_kernel_does_not_support_says_why_and_is_plain(shape, says):
     spec = _struct(*shape)
@@ -159,36 +156,3 @@ def test_a_partitioned_module_keeps_plain_attention():
     spec = jax.ShapeDtypeStruct((4, 4, 256, 64), jnp.bfloat16, sharding=sharding)
     compiled = kpx.compile(_scaled_after, spec, spec, spec, target=target)
     assert compiled.fusions == {}
-
-
-CASES = {
-    "causal": ((2, 4, 4, 256, 256, 64), True),
-    "full": ((1, 2, 2, 128, 384, 128), False),
-    "grouped heads": ((1, 4, 2, 256, 256, 64), True),
-    "heads of 80": ((1, 2, 1, 128, 128, 80), True),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_the_tpus_kernel_is_no_farther_from_an_f64_reference_than_plain_attention(case, dtype):
-    (batch, heads, kv_heads, length, kv_length, size), causal = CASES[case]
-    rng = np.random.default_rng(0)
-    shapes = (batch, heads, length, size), *[(batch, kv_heads, kv_length, size)] * 2
-    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
-
-    def results(function, *arrays):
-        def loss(*arrays):
-            out = function(*arrays)
-            return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype) * out), out
-
-        gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
-        return [out, *gradients]
-
-    scale = size**-0.5
-    plain = results(lambda *a: attention(*a, causal=causal), q, k, v)
-    kernel = results(lambda *a: interpreted(*a, scale=scale, causal=causal), q, k, v)
-    with jax.enable_x64(True):
-        exact = results(lambda *a: attention(*a, causal=causal), *(a.astype(np.float64) for a in (q, k, v)))
-    for ours, theirs, reference in zip(kernel, plain, exact, strict=True):
-        assert_closer(ours, theirs, reference, relative=2e-6 if dtype == np.float32 else 8e-3)

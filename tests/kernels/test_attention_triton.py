@@ -10,7 +10,7 @@ import pytest
 import kpx
 from kpx.kernels.attention import attention, attention_kernel
 from kpx.kernels.attention_gpu import flash
-from tests.reference import assert_closer
+from tests.kernels.attention_reference import both, check
 
 pytest.importorskip("triton")
 
@@ -37,29 +37,8 @@ def _arrays(shape, dtype, seed=0):
     return [rng.standard_normal((batch, *s)).astype(dtype) for s in shapes]
 
 
-def _both(function, *arrays):
-    out, pull = jax.vjp(function, *arrays[:-1])
-    return [out, *pull(arrays[-1])]
-
-
-def _check(shape, dtype=np.float32, *, relative=2e-6, platform="cuda", seed=0, hidden=None, added=None, **given):
-    """Results and gradients of the kernels are no farther from f64 than those of plain attention."""
-    *arrays, cotangent = _arrays(shape, dtype, seed)
-    given = {"scale": shape[5] ** -0.5, "causal": False, **given}
-    masks = [] if hidden is None else [hidden]
-
-    def called(function):
-        return lambda *arrays: function(*arrays, *masks, **given)
-
-    inputs = [*arrays, *([] if added is None else [added]), cotangent]
-    ours = jax.jit(functools.partial(_both, called(functools.partial(flash, platform=platform))))(*inputs)
-    plain = jax.jit(functools.partial(_both, called(attention_kernel.decomposition)))
-    theirs = plain(*inputs)
-    with jax.enable_x64(True):
-        exact = plain(*(np.asarray(a).astype(np.float64) for a in inputs))
-    for made, other, reference in zip(ours, theirs, exact, strict=True):
-        assert_closer(made, other, reference, relative=relative)
-    return ours
+def _check(shape, dtype=np.float32, *, platform="cuda", **given):
+    return check(functools.partial(flash, platform=platform), _arrays(shape, dtype, given.pop("seed", 0)), **given)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -146,10 +125,10 @@ def test_forward_and_backward_compile_for(target, size, dtype):
     grouped = jax.ShapeDtypeStruct((2, 2, 1000, size), dtype)
     platform = kpx.Target(target).platform
 
-    def both(q, k, v):
-        return _both(lambda *a: flash(*a, scale=0.1, causal=True, platform=platform), q, k, v, q)
+    def results(q, k, v):
+        return both(lambda *a: flash(*a, scale=0.1, causal=True, platform=platform), q, k, v, q)
 
-    compiled = kpx.compile(both, spec, grouped, grouped, target=target)
+    compiled = kpx.compile(results, spec, grouped, grouped, target=target)
     assert compiled.hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
 
 

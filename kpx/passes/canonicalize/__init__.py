@@ -12,7 +12,7 @@ RULES: list[Rewrite] = [
     if isinstance(rule, Rewrite)
 ]
 
-LAST: list[Rewrite] = [products.transpose_into_dot]
+LAST: list[Rewrite] = [products.transpose_of_batches_into_dot]
 """Of those, what comes after fusion where kernels are looked for: it moves what patterns begin and end with."""
 
 FOR_FUSION: list[Rewrite] = [rule for rule in RULES if rule not in LAST]

@@ -188,7 +188,7 @@ def fold_convert(op):
         return None  # a float made an integer may overflow, which each target defines for itself
     with np.errstate(all="ignore"):
         result = float(np.asarray(number, source).astype(target))
-    return m.like(op.result, result) if np.isfinite(result) else None
+    return m.like(op.result, result) if np.isfinite(result) or result == number else None  # infinity stays infinity
 
 
 @rewrite(stablehlo.CompareOp, exact=True)
@@ -290,3 +290,32 @@ def fold_movement(op):
         bounds = zip(integers(op.start_indices), integers(op.limit_indices), integers(op.strides), strict=True)
         return m.constant(arrays[0][tuple(slice(*b) for b in bounds)])
     return m.constant(_moved(op, arrays[0], m.shape(op.result)))
+
+
+@rewrite(stablehlo.BroadcastInDimOp, exact=True)
+def broadcast_of_constant_without_units(op):
+    """A constant that is broadcast has no dimensions of size 1.
+
+    Before:
+        func.func @main() -> tensor<4x2x3xi1> {
+          %0 = stablehlo.constant dense<[[[true, false, false], [true, true, false]]]> : tensor<1x2x3xi1>
+          %1 = stablehlo.broadcast_in_dim %0, dims = [0, 1, 2] : (tensor<1x2x3xi1>) -> tensor<4x2x3xi1>
+          return %1 : tensor<4x2x3xi1>
+        }
+    After:
+        func.func @main() -> tensor<4x2x3xi1> {
+          %0 = stablehlo.constant dense<[[true, false, false], [true, true, false]]> : tensor<2x3xi1>
+          %1 = stablehlo.broadcast_in_dim %0, dims = [1, 2] : (tensor<2x3xi1>) -> tensor<4x2x3xi1>
+          return %1 : tensor<4x2x3xi1>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<1x2x3xi1>) -> tensor<4x2x3xi1> {
+          %0 = stablehlo.broadcast_in_dim %a, dims = [0, 1, 2] : (tensor<1x2x3xi1>) -> tensor<4x2x3xi1>
+          return %0 : tensor<4x2x3xi1>
+        }
+    """
+    dims = m.shape(op.operand)
+    if 1 not in dims or (array := m.constant_value(op.operand)) is None:
+        return None
+    along = [d for d, size in zip(integers(op.broadcast_dimensions), dims, strict=True) if size > 1]
+    return m.broadcast(m.constant(np.squeeze(array)), m.shape(op.result), along)

@@ -13,7 +13,7 @@ from kpx.ir.rewrite import rewrite
     bound="the products of each sum may be added in another order: a few ulps of the largest partial sum",
 )
 def transpose_into_dot(op):
-    """A transposed operand is the operand, contracted along other dimensions.
+    """A transposed operand whose batches stay where they are is the operand, contracted along other dimensions.
 
     Before:
         func.func @main(%a: tensor<4x3xf32>, %b: tensor<5x3xf32>) -> tensor<4x5xf32> {
@@ -33,12 +33,45 @@ def transpose_into_dot(op):
           return %1 : tensor<4x5x2xf32>
         }
     """
+    return _of_what_was_transposed(op, moves_batches=False)
+
+
+@rewrite(
+    stablehlo.DotGeneralOp,
+    exact=False,
+    bound="the products of each sum may be added in another order: a few ulps of the largest partial sum",
+)
+def transpose_of_batches_into_dot(op):
+    """An operand whose batches a transpose has moved is the operand, with its batches where they were.
+
+    Before:
+        func.func @main(%a: tensor<2x4x3xf32>, %b: tensor<5x2x3xf32>) -> tensor<2x4x5xf32> {
+          %0 = stablehlo.transpose %b, dims = [1, 0, 2] : (tensor<5x2x3xf32>) -> tensor<2x5x3xf32>
+          %1 = stablehlo.dot_general %a, %0, batching_dims = [0] x [0], contracting_dims = [2] x [2] : (tensor<2x4x3xf32>, tensor<2x5x3xf32>) -> tensor<2x4x5xf32>
+          return %1 : tensor<2x4x5xf32>
+        }
+    After:
+        func.func @main(%a: tensor<2x4x3xf32>, %b: tensor<5x2x3xf32>) -> tensor<2x4x5xf32> {
+          %0 = stablehlo.dot_general %a, %b, batching_dims = [0] x [1], contracting_dims = [2] x [2] : (tensor<2x4x3xf32>, tensor<5x2x3xf32>) -> tensor<2x4x5xf32>
+          return %0 : tensor<2x4x5xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<2x4x3xf32>, %b: tensor<5x6x2x3xf32>) -> tensor<2x4x6x5xf32> {
+          %0 = stablehlo.transpose %b, dims = [2, 1, 0, 3] : (tensor<5x6x2x3xf32>) -> tensor<2x6x5x3xf32>
+          %1 = stablehlo.dot_general %a, %0, batching_dims = [0] x [0], contracting_dims = [2] x [3] : (tensor<2x4x3xf32>, tensor<2x6x5x3xf32>) -> tensor<2x4x6x5xf32>
+          return %1 : tensor<2x4x6x5xf32>
+        }
+    """
+    return _of_what_was_transposed(op, moves_batches=True)
+
+
+def _of_what_was_transposed(op, *, moves_batches: bool):
     numbers = stablehlo.DotDimensionNumbers(op.dot_dimension_numbers)
     sides = [
         (op.lhs, list(numbers.lhs_batching_dimensions), list(numbers.lhs_contracting_dimensions)),
         (op.rhs, list(numbers.rhs_batching_dimensions), list(numbers.rhs_contracting_dimensions)),
     ]
-    new = [_without_transpose(*side) or side for side in sides]
+    new = [_without_transpose(*side, moves_batches=moves_batches) or side for side in sides]
     if new == sides:
         return None
     (lhs, lhs_batch, lhs_contract), (rhs, rhs_batch, rhs_contract) = new
@@ -52,14 +85,14 @@ def transpose_into_dot(op):
     )
 
 
-def _without_transpose(value, batch, contract):
+def _without_transpose(value, batch, contract, *, moves_batches: bool):
     """The operand before its transpose, where the free dimensions keep their order."""
     inner = producer(value, stablehlo.TransposeOp)
     if inner is None:
         return None
     order = integers(inner.permutation)
     free = [d for i, d in enumerate(order) if i not in batch and i not in contract]
-    if free != sorted(free):
+    if free != sorted(free) or any(order[d] != d for d in batch) != moves_batches:
         return None
     return inner.operand, [order[d] for d in batch], [order[d] for d in contract]
 
