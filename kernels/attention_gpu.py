@@ -47,6 +47,10 @@ def _supports(query, key, value, *mask, scale, causal, window=0, softcap=0.0) ->
         return f"it takes bf16, f16 or f32 alone, not {query.dtype}, {key.dtype}, {value.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _MOST_SIZE:
         return f"heads must be of {_MOST_SIZE} at most, and are of {query.shape[-1]} and {value.shape[-1]}"
+    if query.shape[-2] < _LEAST:
+        return (
+            f"queries must be {_LEAST} at least, and are {query.shape[-2]}: scores of few are small, and plain products"
+        )
     if not math.prod(query.shape + key.shape + value.shape):
         return "an array is empty"
     return None
@@ -59,7 +63,8 @@ def _power(size: int) -> int:
 # By the bytes of a head's row, as much as on-chip memory holds of what is under way. Not measured: no device was at hand.
 
 
-def _forward_blocks(platform: str, row_bytes: int) -> Blocks:
+def forward_blocks(platform: str, row_bytes: int) -> Blocks:
+    """How the forward kernel is cut, of heads whose rows take so many bytes."""
     if platform == "rocm":
         return Blocks(128, 64, 4, 1) if row_bytes <= 256 else Blocks(64, 32, 4, 1)
     if row_bytes <= 256:
@@ -67,7 +72,8 @@ def _forward_blocks(platform: str, row_bytes: int) -> Blocks:
     return Blocks(128, 64, 8, 2) if row_bytes <= 512 else Blocks(64, 32, 8, 1)
 
 
-def _backward_blocks(platform: str, row_bytes: int) -> Blocks:
+def backward_blocks(platform: str, row_bytes: int) -> Blocks:
+    """How the backward kernels are cut."""
     if platform == "rocm":
         return Blocks(64, 64, 4, 1) if row_bytes <= 256 else Blocks(32, 32, 4, 1)
     if row_bytes <= 256:
@@ -75,7 +81,7 @@ def _backward_blocks(platform: str, row_bytes: int) -> Blocks:
     return Blocks(64, 64, 8, 1) if row_bytes <= 512 else Blocks(32, 32, 8, 1)
 
 
-def _sizes(query, key, value, mask, settings: Settings, blocks: Blocks) -> dict[str, Any]:
+def sizes(query, key, value, mask, settings: Settings, blocks: Blocks) -> dict[str, Any]:
     """The kernels' constants, of arrays `[heads of all batches, length, size]` and a mask `[batch, heads, length, keys]`."""
     length, kv_length = query.shape[-2], key.shape[-2]
     strides = [0, 0, 0]
@@ -107,15 +113,15 @@ def _forward(query, key, value, mask, settings):
     from kpx.kernels import attention_triton as kernels
 
     heads, length, _ = query.shape
-    blocks = _forward_blocks(settings.platform, _row_bytes(query, value))
-    sizes = _sizes(query, key, value, mask, settings, blocks)
+    blocks = forward_blocks(settings.platform, _row_bytes(query, value))
+    constants = sizes(query, key, value, mask, settings, blocks)
     outputs = (
         jax.ShapeDtypeStruct((heads, length, value.shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((heads, length), jnp.float32),
     )
     out, log_total = triton_call.triton_call(
         kernels.forward, query, key, value, query if mask is None else mask, out=outputs,
-        grid=heads * -(-length // sizes["BQ"]), warps=blocks.warps, stages=blocks.stages, **sizes,
+        grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, **constants,
     )  # fmt: skip
     return out, (query, key, value, mask, out, log_total)
 
@@ -125,16 +131,16 @@ def _backward(settings, saved, cotangent):
 
     query, key, value, mask, out, log_total = saved
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), -1)
-    blocks = _backward_blocks(settings.platform, _row_bytes(query, value))
-    sizes = _sizes(query, key, value, mask, settings, blocks)
-    call = functools.partial(triton_call.triton_call, warps=blocks.warps, stages=blocks.stages, **sizes)
+    blocks = backward_blocks(settings.platform, _row_bytes(query, value))
+    constants = sizes(query, key, value, mask, settings, blocks)
+    call = functools.partial(triton_call.triton_call, warps=blocks.warps, stages=blocks.stages, **constants)
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (query, key, value)]
     operands = query, key, value, query if mask is None else mask, cotangent, log_total, delta
     by_key, by_value = call(
-        kernels.backward_keys, *operands, out=like[1:], grid=key.shape[0] * -(-key.shape[1] // sizes["BK"])
+        kernels.backward_keys, *operands, out=like[1:], grid=key.shape[0] * -(-key.shape[1] // constants["BK"])
     )
     (by_query,) = call(
-        kernels.backward_queries, *operands, out=like[:1], grid=query.shape[0] * -(-query.shape[1] // sizes["BQ"])
+        kernels.backward_queries, *operands, out=like[:1], grid=query.shape[0] * -(-query.shape[1] // constants["BQ"])
     )
     by_mask = None
     if mask is not None:

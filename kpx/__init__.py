@@ -6,7 +6,7 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "bridges").is_dir():
     __path__.append(str(_Path(__file__).resolve().parents[1]))
 
-from kpx import fusion
+from kpx import fusion, ops
 from kpx._version import __version__  # noqa: F401
 from kpx.api import compile, jit, optimize
 from kpx.buckets import Buckets
@@ -53,6 +53,7 @@ __all__ = [
     "explain",
     "fusion",
     "jit",
+    "ops",
     "optimize",
     "targets",
 ]

@@ -1,0 +1,203 @@
+"""Kernels against what else there is: measured where a GPU is at hand, and compiled for those that are not.
+
+`python -m bench.kernels [--json FILE] [--rounds 20] [--small]`
+
+Measured (correct first, then medians of rounds in which all run in turn, each a ratio to the fastest): kpx's kernel, plain
+XLA, jax.nn, cuDNN through jax.nn, PyTorch's SDPA and torch.compile. Without a GPU that part says "not run".
+
+Compiled, with the vendors' compilers: memory beyond arguments and results with kpx's kernels and without, and what Triton's
+own compiler says of the kernels: registers, spills, shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import pathlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import kpx
+from bench import kernel_resources
+from kpx.hardware import cpu, plugins
+from kpx.kernels.attention import attention_kernel
+
+TARGETS = ("cuda:h100", "cuda:h200", "cuda:b200", "rocm:mi300x", "tpu-v5e", "tpu-v6e", "tpu-v5p")
+
+
+def attention_case(length: int, heads: int = 16, kv_heads: int = 4, size: int = 128) -> dict[str, Any]:
+    """Causal attention, bf16: its inputs, plain form, kpx's, and others by name."""
+    shapes = (1, heads, length, size), (1, kv_heads, length, size), (1, kv_heads, length, size)
+    given = {"scale": size**-0.5, "causal": True}
+
+    def nn(implementation, q, k, v):
+        q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+        return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation), 1, 2)
+
+    others = {"jax.nn": functools.partial(nn, "xla"), "cuDNN (jax.nn)": functools.partial(nn, "cudnn")}
+    plain = functools.partial(attention_kernel.decomposition, **given)
+    return {
+        "shapes": shapes,
+        "plain": plain,
+        "kpx": functools.partial(kpx.ops.attention, causal=True),
+        "others": others,
+    }
+
+
+def loss_case(tokens: int, vocabulary: int, size: int) -> dict[str, Any]:
+    """The loss of a language model's last layer, bf16, over labels that are fixed."""
+    labels = np.random.default_rng(0).integers(0, vocabulary, tokens).astype(np.int32)
+
+    def plain(x, w):
+        logits = jnp.einsum("td,vd->tv", x, w, preferred_element_type=jnp.float32)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(labels)[:, None], 1)[:, 0]
+
+    fused = functools.partial(_loss, labels)
+    return {"shapes": ((tokens, size), (vocabulary, size)), "plain": plain, "kpx": fused, "others": {}}
+
+
+def _loss(labels, x, w):
+    return kpx.ops.linear_cross_entropy(x, w, jnp.asarray(labels))
+
+
+def cases(small: bool) -> dict[str, dict[str, Any]]:
+    """What is measured and compiled, by name."""
+    lengths = (256,) if small else (4096, 16384)
+    found = {f"attention, {n}": attention_case(n) for n in lengths}
+    tokens, vocabulary, size = (64, 1000, 32) if small else (8192, 128256, 4096)
+    return found | {f"linear + cross-entropy, {vocabulary}": loss_case(tokens, vocabulary, size)}
+
+
+def with_gradient(function: Callable) -> Callable:
+    """The result's sum of squares, and its gradients by every input."""
+
+    def total(*arrays):
+        return jnp.sum(jnp.square(function(*arrays).astype(jnp.float32)))
+
+    return lambda *arrays: jax.value_and_grad(total, tuple(range(len(arrays))))(*arrays)
+
+
+def compiled(target: str, case: dict[str, Any], backward: bool) -> dict[str, Any]:
+    """Bytes beyond arguments and results, of the plain form and of kpx's, and the kernels that were chosen."""
+    specs = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in case["shapes"]]
+    row: dict[str, Any] = {}
+    for name, level in (("plain", "conservative"), ("kpx", "balanced")):
+        function = with_gradient(case[name]) if backward else case[name]
+        try:
+            made = kpx.compile(function, *specs, target=target, config=kpx.Config(level=level))
+        except kpx.KpxError as error:
+            row[name] = {"error": str(error).splitlines()[0]}
+            continue
+        row[name] = {"temporary": made.memory.temp_bytes, "kernels": made.kernels, "fusions": made.fusions}
+    return row
+
+
+def measured(case: dict[str, Any], backward: bool, rounds: int) -> dict[str, Any]:
+    """Seconds of each form on this machine's device, as ratios to the fastest, and its distance from an f32 reference."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in case["shapes"]]
+    wrap = with_gradient if backward else lambda f: f
+    forms = {"kpx": kpx.jit(wrap(case["kpx"])), "plain XLA": jax.jit(wrap(case["plain"]))}
+    forms |= {name: jax.jit(wrap(f)) for name, f in case["others"].items()}
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(wrap(case["plain"]))(*(a.astype(jnp.float32) for a in arrays))
+    rows: dict[str, Any] = {}
+    for name, form in list(forms.items()):
+        try:
+            result = jax.block_until_ready(form(*arrays))
+        except Exception as error:  # what a library does not have here is told, and left out
+            rows[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            del forms[name]
+            continue
+        rows[name] = {"distance": max(map(_distance, jax.tree.leaves(result), jax.tree.leaves(exact)))}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            start = time.perf_counter()
+            jax.block_until_ready(form(*arrays))
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    for name, median in medians.items():
+        rows[name] |= {"seconds": median, "of the fastest": median / min(medians.values())}
+    return rows
+
+
+def _distance(value: Any, exact: Any) -> float:
+    value, exact = np.asarray(value, np.float64), np.asarray(exact, np.float64)
+    return float(np.sqrt(np.mean(np.square(value - exact))) / (np.sqrt(np.mean(np.square(exact))) or 1))
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Prints what was measured and what was compiled."""
+    if isinstance(result["measured"], str):
+        console.print(f"measured: {result['measured']}")
+    else:
+        table = Table("case", "form", "of the fastest", "from f32", title=f"measured on {result['device']}")
+        for name, rows in result["measured"].items():
+            for form, row in rows.items():
+                cells = (
+                    ("error", row["error"])
+                    if "error" in row
+                    else (f"{row['of the fastest']:.2f}", f"{row['distance']:.1e}")
+                )
+                table.add_row(name, form, *cells)
+        console.print(table)
+    table = Table("target", "case", "plain", "with kernels", "fused", title="memory beyond arguments and results")
+    for target, rows in result["compiled"].items():
+        for name, row in rows.items():
+            sizes = (row[k].get("error") or f"{row[k]['temporary'] / 2**20:,.0f} MiB" for k in ("plain", "kpx"))
+            table.add_row(target, name, *sizes, ", ".join(row["kpx"].get("fusions", {})))
+    console.print(table)
+    table = Table(
+        "kernel", "architecture", "registers", "spilled", "shared memory", title="attention's kernels, by Triton"
+    )
+    for row in result["resources"]:
+        table.add_row(row["kernel"], row["architecture"], *(str(row[k]) for k in ("registers", "spilled", "shared")))
+    console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--small", action="store_true", help="small cases, measured on whatever device there is")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    console = Console()
+    device = jax.devices()[0]
+    runs = [(name, case, backward) for name, case in cases(given.small).items() for backward in (False, True)]
+    label = lambda name, backward: f"{name}, {'forward and backward' if backward else 'forward'}"  # noqa: E731
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": cpu.model(),
+        "device": device.device_kind,
+        "versions": {"jax": jax.__version__},
+        "measured": "not run: there is no GPU here",
+        "compiled": {
+            t: {label(n, b): compiled(t, c, b) for n, c, b in runs}
+            for t in TARGETS
+            if plugins.find(kpx.Target(t).platform)
+        },
+        "resources": kernel_resources.attention() if importlib.util.find_spec("triton") else [],
+    }
+    if device.platform == "gpu" or given.small:
+        result["measured"] = {label(n, b): measured(c, b, given.rounds) for n, c, b in runs}
+    show(console, result)
+    if given.json:
+        pathlib.Path(given.json).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
