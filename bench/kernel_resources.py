@@ -64,7 +64,7 @@ def _of_amd(assembly: str) -> dict[str, int]:
 def _of_nvidia(ptx: str, architecture: str) -> dict[str, int]:
     import triton
 
-    folder = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    folder = pathlib.Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     tool = next(t for t in (folder / "ptxas-blackwell", folder / "ptxas") if t.exists())
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -160,36 +160,32 @@ for _causal in (False, True):
 _GROUPED = [((2, 4, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16)]
 
 
-def _kpxs(causal: bool, by_batch: bool) -> Callable:
-    def search(q, k, v, *mask, scale):
+def _kpxs(function: Callable, causal: bool, by_batch: bool) -> Callable:
+    def called(q, k, v, *mask, scale=1.0):
         masks = [a[:, None, None] for a in mask] if by_batch else mask
-        return attention_kernel.decomposition(q, k, v, *masks, scale=scale, causal=causal)
+        return function(q, k, v, *masks, scale=scale, causal=causal)
 
-    return search
-
-
-def _kpxs_kernel(causal: bool, by_batch: bool) -> Callable:
-    def replace(q, k, v, *mask, scale):
-        masks = [a[:, None, None] for a in mask] if by_batch else mask
-        return attention_kernel(q, k, v, *masks, scale=scale, causal=causal)
-
-    return replace
+    return called
 
 
-for _name, _causal, _by_batch, _masks in (
-    ("full", False, False, []),
-    ("causal", True, False, []),
-    ("masked", False, False, [((2, 1, 8, 8), jnp.bool_)]),
-    ("masked_by_batch", False, True, [((2, 8), jnp.bool_)]),
-    ("biased", False, False, [((2, 1, 8, 8), jnp.bfloat16)]),
-    ("biased_by_batch", False, True, [((2, 8), jnp.bfloat16)]),
+for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
+    (
+        ("full", False, False, []),
+        ("causal", True, False, []),
+        ("masked", False, False, [((2, 1, 8, 8), jnp.bool_)]),
+        ("masked_by_batch", False, True, [((2, 8), jnp.bool_)]),
+        ("biased", False, False, [((2, 1, 8, 8), jnp.bfloat16)]),
+        ("biased_by_batch", False, True, [((2, 8), jnp.bfloat16)]),
+    ),
+    ({"scale": 0.25}, {}),  # a scale of 1 is no op
 ):
     builtin(
-        f"attention.{_name}.kpx",
-        [_kpxs(_causal, _by_batch)],
-        _kpxs_kernel(_causal, _by_batch),
+        f"attention.{_name}.kpx{'' if _numbers else '.unscaled'}",
+        [_kpxs(attention_kernel.decomposition, _causal, _by_batch)],
+        _kpxs(attention_kernel, _causal, _by_batch),
         [*_GROUPED, *_masks],
         fixed_ranks=True,
         constant=(3,) if _masks else (),
-        scale=0.25,
+        alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
+        **_numbers,
     )

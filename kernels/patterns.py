@@ -38,6 +38,8 @@ class Pattern:
         constant: the places of arrays that no gradient is looked for by (masks).
         checked: whether it need not be compared with what it replaces before it is first used.
         differentiated: further spellings, which only their gradients tell apart from those of `searches`.
+        alike: what patterns have in common whose searches differ, group for group, in what is left out of skeletons alone
+            (conversions, broadcasts, reshapes, transposes): they are looked for together. Empty for none.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
             and the gradients by every array that is not constant.
     """
@@ -53,6 +55,7 @@ class Pattern:
     differentiated: tuple[tuple[Callable, ...], ...] = ()
     gradient_of: Pattern | None = None
     constant: tuple[int, ...] = ()
+    alike: str = ""
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
@@ -169,6 +172,7 @@ def builtin(
     fixed_ranks: bool = False,
     differentiated: Sequence[tuple[Callable, ...]] = (),
     constant: tuple[int, ...] = (),
+    alike: str = "",
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
@@ -176,7 +180,18 @@ def builtin(
     groups = tuple(group if isinstance(group, tuple) else (group,) for group in searches)
     return register(
         Pattern(
-            name, groups, replace, structs, numbers, supports, fixed_ranks, True, tuple(differentiated), None, constant
+            name,
+            groups,
+            replace,
+            structs,
+            numbers,
+            supports,
+            fixed_ranks,
+            True,
+            tuple(differentiated),
+            None,
+            constant,
+            alike,
         )
     )
 

@@ -9,6 +9,7 @@ import torch
 import kpx
 from kpx.kernels import patterns
 from kpx.kernels import registry as kernels
+from kpx.passes import fusion
 
 X, W = jax.ShapeDtypeStruct((4, 6, 32), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32)
 
@@ -229,3 +230,15 @@ def test_every_kernel_of_a_pattern_is_registered():
         jaxpr = jax.make_jaxpr(lambda *a, p=pattern: p.replace(*a, **p.numbers))(*pattern.example)
         for kernel, _, _ in kernels.calls(jaxpr.jaxpr):
             assert kernels.find(kernel.name) is kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_patterns_that_are_called_alike_have_one_skeleton(on_cpu):
+    alike: dict[str, set[tuple[str, ...]]] = {}
+    for pattern in patterns.patterns():
+        if pattern.alike:
+            graphs = [fusion._traced_skeleton(pattern, group, on_cpu) for group in range(len(pattern.searches))]
+            alike.setdefault(pattern.alike, set()).add(tuple(graph.bones() for graph in graphs))
+    assert len(alike) == 8
+    assert all(len(bones) == 1 for bones in alike.values())

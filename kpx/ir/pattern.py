@@ -79,6 +79,15 @@ class Graph:
         node = self.producers.get(self.bare(self.outputs[0]))
         return "" if node is None else node.name
 
+    @property
+    def below(self) -> frozenset[str]:
+        """The operations that make what the anchor takes, by name, less those that a constant may turn into another."""
+        node = self.producers.get(self.bare(self.outputs[0]))
+        made = [self.producers.get(self.bare(o)) for o in (node.operands if node is not None else ())]
+        return frozenset(
+            n.name for n in made if n is not None and not any(map(self.is_closed, (*n.operands, *n.results)))
+        )
+
     def bones(self) -> str:
         """The skeleton as text: equal where two graphs are found in the same places."""
         numbers: dict[int, int] = {}
@@ -397,6 +406,12 @@ def _orders(node: Node) -> list[tuple[int, ...]]:
     if node.name in _COMMUTATIVE and node.operands[0] != node.operands[1]:
         return [(0, 1), (1, 0)]
     return [tuple(range(len(node.operands)))]
+
+
+def below(op: Any) -> set[str]:
+    """The operations that make what an op of a module takes, by name, less what a skeleton leaves out."""
+    made = (m.producer(_downwards(operand)[-1]) for operand in op.operands)
+    return {maker.operation.name for maker in made if maker is not None}
 
 
 def is_closed(value: Value, depth: int = 8) -> bool:

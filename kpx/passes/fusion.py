@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kpx.ir import module as m
 from kpx.ir.module import Value, ir, stablehlo
-from kpx.ir.pattern import Graph, Matcher, graph_of, is_closed, outline
+from kpx.ir.pattern import Graph, Matcher, below, graph_of, is_closed, outline
 from kpx.ir.rewrite import Fuel, Report, apply_rewrites, erase_dead
 from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
@@ -116,14 +116,17 @@ def _search(
     module: ir.Module, matcher: Matcher, candidates: Sequence[Pattern], platform: str, recognised: dict[Pattern, None]
 ) -> Iterator[Match]:
     """Where patterns are; those whose skeleton is there, if not the pattern, join those that are recognised."""
-    by_anchor: dict[str, dict[str, list[tuple[Pattern, int]]]] = collections.defaultdict(dict)
+    by_anchor: dict[str, dict[str, tuple[frozenset[str], list[tuple[Pattern, int]]]]] = collections.defaultdict(dict)
     for pattern in candidates:
         for group in range(len(pattern.searches)):
-            skeleton = _skeleton(pattern, group)
-            by_anchor[skeleton.anchor].setdefault(skeleton.bones(), []).append((pattern, group))
+            skeleton = _skeleton(pattern, group, platform == "cpu")
+            by_anchor[skeleton.anchor].setdefault(skeleton.bones(), (skeleton.below, []))[1].append((pattern, group))
     for op in m.walk(m.main(module)):
-        for alike in by_anchor.get(op.operation.name, {}).values():
-            if (found := _match(matcher, alike, op, platform, recognised)) is not None:
+        if (anchored := by_anchor.get(op.operation.name)) is None:
+            continue
+        made = below(op)
+        for needed, alike in anchored.values():
+            if needed <= made and (found := _match(matcher, alike, op, platform, recognised)) is not None:
                 yield found
 
 
@@ -135,7 +138,7 @@ def _match(
     recognised: dict[Pattern, None],
 ) -> Match | None:
     """The first of patterns with one skeleton that is there, its first output made by an op."""
-    skeleton = _skeleton(*alike[0])
+    skeleton = _skeleton(*alike[0], platform == "cpu")
     count = len(alike[0][0].example)
     for found in matcher.skeletons(skeleton, skeleton.inputs[count:], op):
         recognised |= dict.fromkeys(pattern for pattern, _ in alike)
@@ -244,9 +247,18 @@ def _is_of_use(pattern: Pattern, platform: str) -> bool:
 # Patterns as graphs -------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1024)
-def _skeleton(pattern: Pattern, group: int) -> Graph:
+def _skeleton(pattern: Pattern, group: int, on_cpu: bool) -> Graph:
     """What the spellings of a group have in common, at the example; constants are inputs, after the arrays."""
+    key = (pattern.alike or pattern, group, on_cpu)
+    if key not in _SKELETONS:
+        _SKELETONS[key] = _traced_skeleton(pattern, group, on_cpu)
+    return _SKELETONS[key]
+
+
+_SKELETONS: dict[tuple, Graph] = {}  # of few patterns, which live as long as the process
+
+
+def _traced_skeleton(pattern: Pattern, group: int, on_cpu: bool) -> Graph:
     search, names = pattern.searches[group][0], list(pattern.numbers)
     count = len(pattern.example)
 
@@ -254,7 +266,9 @@ def _skeleton(pattern: Pattern, group: int) -> Graph:
         return search(*arguments[:count], **dict(zip(names, arguments[count:], strict=True)))
 
     scalars = [jax.ShapeDtypeStruct((), jnp.float32) for _ in names]
-    return _graph(function, [*pattern.example, *scalars], "cpu")
+    return _graph(
+        function, [*pattern.example, *scalars], "cpu" if on_cpu else "cuda"
+    )  # those of TPUs differ in conversions
 
 
 @functools.lru_cache(maxsize=4096)

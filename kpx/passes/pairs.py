@@ -31,13 +31,24 @@ def splice(
         inputs: the arrays, and the result's cotangent.
         outputs: the result, and the gradients by each array that is not constant.
     """
-    arrays, cotangent = list(inputs[:-1]), inputs[-1]
-    structs = [jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in inputs]
+    structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
+    # Both are lowered before the module is touched: what a kernel raises leaves it as it was.
+    donors = [m.parse(text, module.context) for text in _lowered(pattern, structs, tuple(numbers.items()), device)]
+    made = _call(module, donors[0], inputs[:-1], m.producer(outputs[0]))
+    first = _first([m.producer(v) for v in outputs[1:]])
+    return [made[0], *_call(module, donors[1], [*made[1:], inputs[-1]], first)]
+
+
+@functools.lru_cache(maxsize=64)
+def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device) -> tuple[str, str]:
+    """The forward pass, `arrays -> result, saved`, and the backward, `saved, cotangent -> gradients`, as modules: layers
+    that are alike share them."""
+    structs = [jax.ShapeDtypeStruct(*kind) for kind in types]
     pulls: list[Any] = []
 
     def forward(*arrays):
         with kernels.implemented_for(device.platform):
-            variable, function = hold(functools.partial(pattern.replace, **numbers), pattern.constant, arrays)
+            variable, function = hold(functools.partial(pattern.replace, **dict(numbers)), pattern.constant, arrays)
             out, pull = jax.vjp(function, *variable)
         saved, tree = jax.tree.flatten(pull)
         pulls.append(tree)
@@ -48,16 +59,12 @@ def splice(
             return jax.tree.unflatten(pulls[-1], given[:-1])(given[-1])
 
     _, *saved = jax.eval_shape(forward, *structs[:-1])
-    # Both are lowered before the module is touched: what a kernel raises leaves it as it was.
-    donors = [
-        m.parse(
-            m.text(lower_alone(function, given, device.platform, device.kind), large_constants=True), module.context
-        )
-        for function, given in ((forward, structs[:-1]), (backward, [*saved, structs[-1]]))
-    ]
-    made = _call(module, donors[0], arrays, m.producer(outputs[0]))
-    first = _first([m.producer(v) for v in outputs[1:]])
-    return [made[0], *_call(module, donors[1], [*made[1:], cotangent], first)]
+    passes = (forward, structs[:-1]), (backward, [*saved, structs[-1]])
+    first, second = (
+        m.text(lower_alone(function, given, device.platform, device.kind), large_constants=True)
+        for function, given in passes
+    )
+    return first, second
 
 
 def _call(module: ir.Module, donor: ir.Module, operands: Sequence[Value], before: Any) -> list[Value]:
@@ -70,6 +77,4 @@ def _call(module: ir.Module, donor: ir.Module, operands: Sequence[Value], before
 
 def _first(ops: Sequence[Any]) -> Any:
     """The one of several ops of a block that comes first."""
-    wanted = {op.results[0] for op in ops}
-    parent = ops[0].operation.parent
-    return next(op for op in m.walk(parent) if len(op.results) and op.results[0] in wanted)
+    return functools.reduce(lambda a, b: a if a.operation.is_before_in_block(b.operation) else b, ops)

@@ -24,8 +24,10 @@ def _plain(x, weight, labels, bias=None, softcap=None):
 
 def _arrays(dtype, shape=(3, 7), size=16, vocabulary=50):
     rng = np.random.default_rng(0)
-    x, weight, bias = (rng.standard_normal(s).astype(dtype) for s in ((*shape, size), (vocabulary, size), (vocabulary,)))
-    labels = rng.integers(0, vocabulary, shape)
+    x, weight, bias = (
+        rng.standard_normal(s).astype(dtype) for s in ((*shape, size), (vocabulary, size), (vocabulary,))
+    )
+    labels = rng.integers(0, vocabulary, shape, dtype=np.int32)
     labels.flat[:2] = -100, vocabulary
     return x, weight, bias, labels
 
@@ -40,7 +42,9 @@ def _both(function, labels, *arrays):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize("given", [{}, {"chunk": 16}, {"chunk": 7, "softcap": 2.0}, {"chunk": 50}, {"chunk": 1000}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"chunk": 16}, {"chunk": 7, "softcap": 2.0}, {"chunk": 50}, {"chunk": 1000}], ids=str
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_losses_and_gradients_are_those_of_the_logits(dtype, given, biased):
     x, weight, bias, labels = _arrays(dtype)

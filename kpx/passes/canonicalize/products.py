@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kpx.ir import module as m
-from kpx.ir.module import integers, producer, splat, stablehlo
+from kpx.ir.module import integers, ir, producer, splat, stablehlo
 from kpx.ir.rewrite import rewrite
 
 
@@ -63,6 +63,54 @@ def transpose_of_batches_into_dot(op):
         }
     """
     return _of_what_was_transposed(op, moves_batches=True)
+
+
+@rewrite(
+    stablehlo.TransposeOp,
+    exact=False,
+    bound="the products of each sum may be added in another order: a few ulps of the largest partial sum",
+)
+def transposed_product_swaps_operands(op):
+    """A product whose result's free dimensions are swapped is the product of its operands swapped.
+
+    Before:
+        func.func @main(%a: tensor<2x4x3xf32>, %b: tensor<2x3x5xf32>) -> tensor<2x5x4xf32> {
+          %0 = stablehlo.dot_general %a, %b, batching_dims = [0] x [0], contracting_dims = [2] x [1] : (tensor<2x4x3xf32>, tensor<2x3x5xf32>) -> tensor<2x4x5xf32>
+          %1 = stablehlo.transpose %0, dims = [0, 2, 1] : (tensor<2x4x5xf32>) -> tensor<2x5x4xf32>
+          return %1 : tensor<2x5x4xf32>
+        }
+    After:
+        func.func @main(%a: tensor<2x4x3xf32>, %b: tensor<2x3x5xf32>) -> tensor<2x5x4xf32> {
+          %0 = stablehlo.dot_general %b, %a, batching_dims = [0] x [0], contracting_dims = [1] x [2] : (tensor<2x3x5xf32>, tensor<2x4x3xf32>) -> tensor<2x5x4xf32>
+          return %0 : tensor<2x5x4xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<2x4x3xf32>, %b: tensor<2x3x5xf32>) -> tensor<4x5x2xf32> {
+          %0 = stablehlo.dot_general %a, %b, batching_dims = [0] x [0], contracting_dims = [2] x [1] : (tensor<2x4x3xf32>, tensor<2x3x5xf32>) -> tensor<2x4x5xf32>
+          %1 = stablehlo.transpose %0, dims = [1, 2, 0] : (tensor<2x4x5xf32>) -> tensor<4x5x2xf32>
+          return %1 : tensor<4x5x2xf32>
+        }
+    """
+    dot = producer(op.operand, stablehlo.DotGeneralOp)
+    if dot is None or not m.has_one_use(op.operand):
+        return None
+    numbers = stablehlo.DotDimensionNumbers(dot.dot_dimension_numbers)
+    batch, contracted = list(numbers.lhs_batching_dimensions), list(numbers.lhs_contracting_dimensions)
+    lead, rank = len(batch), m.rank(dot.result)
+    middle = m.rank(dot.lhs) - len(contracted)  # where the right operand's free dimensions begin
+    if integers(op.permutation) != [*range(lead), *range(middle, rank), *range(lead, middle)]:
+        return None
+    precisions = dot.precision_config
+    return stablehlo.dot_general(
+        op.result.type,
+        dot.rhs,
+        dot.lhs,
+        stablehlo.DotDimensionNumbers.get(
+            list(numbers.rhs_batching_dimensions), batch, list(numbers.rhs_contracting_dimensions), contracted
+        ),
+        precision_config=None if precisions is None else ir.ArrayAttr.get(list(precisions)[::-1]),
+        algorithm=dot.algorithm,
+    )
 
 
 def _of_what_was_transposed(op, *, moves_batches: bool):
