@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kpx.ir.cost import REPLACED_FLOPS
 from kpx.ir.hlo import Array, Computation, Instruction, Program
 
 _FREE = {
@@ -223,7 +224,9 @@ def _config_precision(i: Instruction) -> str:
 
 
 def _product_flops(i: Instruction, within: Computation) -> float:
-    """The operations of a matrix product or convolution; 0 for anything else."""
+    """The operations of a matrix product or convolution, or those that a kernel replaced; 0 for anything else."""
+    if i.opcode == "custom-call" and (told := re.search(rf'{REPLACED_FLOPS}="(\d+)"', i.attributes)):
+        return float(told[1])
     lhs, rhs = _operand(i, within, 0), _operand(i, within, 1)
     if lhs is None or rhs is None or not i.results:
         return 0.0

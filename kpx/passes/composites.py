@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from kpx.errors import RewriteWarning
+from kpx.ir import cost
 from kpx.ir import module as m
 from kpx.ir.module import func, ir, stablehlo
 from kpx.jax_internals import lower_alone
@@ -93,7 +94,8 @@ def _lower(module: ir.Module, device: Device | None, taken: Callable[[Any, Choic
         target = fields["decomposition"].value
         if choice.function is not None:
             try:
-                target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device)
+                flops = cost.product_flops(m.walk(m.functions(module)[target]))
+                target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device, flops)
             except Exception as error:  # a kernel may be anyone's, and must not stop the model
                 choice = choices[case] = _failed(name, choice, error)
         if not choice.label:
@@ -173,12 +175,19 @@ def replacement(
     return pattern.replace, refused
 
 
-def _spliced(module: ir.Module, name: str, function: Callable, avals: tuple, device: Device | None) -> str:
-    """Adds an implementation, traced at a composite's types, to a module; gives its symbol."""
+def _spliced(
+    module: ir.Module, name: str, function: Callable, avals: tuple, device: Device | None, flops: float
+) -> str:
+    """Adds an implementation, traced at a composite's types, to a module; gives its symbol.
+
+    Args:
+        flops: of the products that it replaces.
+    """
     assert device is not None  # nothing is chosen without one
     with jax.enable_x64(_wide(avals)):
         lowered = lower_alone(function, avals, device.platform, device.kind)
     donor = m.parse(m.text(lowered, large_constants=True), module.context)
+    cost.tell_flops([donor], flops)
     return m.merge(module, donor, name)
 
 

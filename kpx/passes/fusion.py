@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kpx.ir import cost
 from kpx.ir import module as m
 from kpx.ir.module import Value, ir, stablehlo
 from kpx.ir.pattern import Graph, Matcher, below, graph_of, is_closed, outline
@@ -69,7 +70,8 @@ def fuse(
             inputs = [replaced.get(v, v) for v in match.inputs]
             if (base := match.pattern.gradient_of) is not None:
                 try:
-                    results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers)
+                    flops = cost.product_flops(match.ops)
+                    results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers, flops)
                 except Exception as error:  # a kernel may be anyone's, and must not stop the model
                     report.revert(match.pattern.name, f"it raised {type(error).__name__}: {error}.")
                     continue

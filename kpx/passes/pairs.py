@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from kpx.ir import cost
 from kpx.ir import module as m
 from kpx.ir.module import Value, func, ir
 from kpx.jax_internals import lower_alone
@@ -23,6 +24,7 @@ def splice(
     inputs: Sequence[Value],
     outputs: Sequence[Value],
     numbers: dict[str, float],
+    flops: float,
 ) -> list[Value]:
     """Computes a pattern's result, and its gradients, by its kernels' own passes; gives them.
 
@@ -30,10 +32,12 @@ def splice(
         pattern: what the result is of (not its pattern with gradients).
         inputs: the arrays, and the result's cotangent.
         outputs: the result, and the gradients by each array that is not constant.
+        flops: of the products that are replaced.
     """
     structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
     # Both are lowered before the module is touched: what a kernel raises leaves it as it was.
     donors = [m.parse(text, module.context) for text in _lowered(pattern, structs, tuple(numbers.items()), device)]
+    cost.tell_flops(donors, flops)
     made = _call(module, donors[0], inputs[:-1], m.producer(outputs[0]))
     first = _first([m.producer(v) for v in outputs[1:]])
     return [made[0], *_call(module, donors[1], [*made[1:], inputs[-1]], first)]

@@ -51,6 +51,16 @@ def test_attention_and_its_gradient_become_kernels_and_never_hold_the_scores(wri
     assert f"{LENGTH},{LENGTH}" not in compiled.hlo
 
 
+@pytest.mark.parametrize("target", KERNELS)
+def test_kernels_count_as_the_products_that_they_replaced(target):
+    batch, heads, length, size = HEADS_FIRST.shape
+    product = 2 * batch * heads * length * length * size
+    forward = kpx.compile(_scaled_after, HEADS_FIRST, HEADS_FIRST, HEADS_FIRST, target=target)
+    assert forward.cost.product_flops == 2 * product
+    both = kpx.compile(_gradients(_scaled_after), HEADS_FIRST, HEADS_FIRST, HEADS_FIRST, target=target)
+    assert both.cost.product_flops == pytest.approx(6 * product, rel=0.01)
+
+
 def test_a_gradient_by_values_alone_is_left_to_xla():
     def by_values(q, k, v):
         return jax.grad(lambda v: jnp.sum(_scaled_after(q, k, v) ** 2))(v)
