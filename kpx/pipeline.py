@@ -106,7 +106,7 @@ def choose_kernels(module: ir.Module, context: Context) -> None:
 def _kernels_for(module: ir.Module, context: Context) -> Device | None:
     """The device whose kernels may be used; None where none may."""
     # A kernel is not the same to the last bit; and XLA cannot partition one, but would gather its operands.
-    allowed = context.config.level == "balanced" and m.partitions(module) == 1
+    allowed = context.config.level == "balanced" and m.partitions(module) == 1 and context.device.is_known
     return context.device if allowed else None
 
 

@@ -65,8 +65,8 @@ def tell_flops(modules: Sequence[ir.Module], flops: float) -> None:
     """
     ops = [op for module in modules for op in m.walk(module.operation)]
     calls = [op for op in ops if isinstance(op, stablehlo.CustomCallOp)]
+    share = max(flops - product_flops(ops), 0.0) / max(len(calls), 1)
     for call in calls:
-        share = max(flops - product_flops(ops), 0.0) / len(calls)
         with call.operation.context:
             told = ir.DictAttr.get({REPLACED_FLOPS: ir.StringAttr.get(f"{share:.0f}")})
         call.operation.attributes["mhlo.frontend_attributes"] = told

@@ -22,10 +22,16 @@ from kpx.passes import known_masks
 
 @dataclass(frozen=True)
 class Device:
-    """What kernels are chosen for: a platform, and a device of it by the vendor's name."""
+    """What kernels are chosen for: a platform, and a device of it by the vendor's name.
+
+    Attributes:
+        is_known: whether it is in the table of chips. Kernels have been compiled for those; on another (an older GPU, one
+            with less on-chip memory) they might not compile.
+    """
 
     platform: str
     kind: str
+    is_known: bool = True
 
 
 @dataclass(frozen=True)

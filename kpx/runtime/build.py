@@ -24,9 +24,14 @@ from kpx.runtime.compiled import Compiled
 def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> Context:
     """Rewrites a lowered function's module in place: its `compile()` then compiles the new one."""
     module = lowered.compiler_ir("stablehlo")
-    context = Context(Device(target.platform, target.device_kind), target.features, config, Fuel.from_environment())
+    context = _context(target, config)
     optimize_module(module, context)
     return context
+
+
+def _context(target: Target, config: Config) -> Context:
+    device = Device(target.platform, target.device_kind, target.platform == "cpu" or target.spec is not None)
+    return Context(device, target.features, config, Fuel.from_environment())
 
 
 def lower_for(target: Target, jitted: Any, *args, **kwargs) -> jax.stages.Lowered:
@@ -100,9 +105,7 @@ class ModelProgram:
             module = lowered.compiler_ir("stablehlo")
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
-            context = Context(
-                Device(target.platform, target.device_kind), target.features, config, Fuel.from_environment()
-            )
+            context = _context(target, config)
             optimize_module(module, context)
             start = time.perf_counter()
             with no_collections():

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import kpx
+from kpx.ir.rewrite import Fuel
 from kpx.kernels.attention import attention
+from kpx.passes.composites import Device
+from kpx.pipeline import Context, optimize_module
 
 LENGTH = 1024
 TRITON_CALL = "__gpu$xla.gpu.triton"
@@ -148,6 +151,15 @@ def test_a_case_that_the_kernel_does_not_support_says_why_and_is_plain(shape, sa
     compiled = kpx.compile(lambda q, k, v: attention(q, k, v), spec, spec, spec, target="tpu-v5e")
     assert says in compiled.kernels["kpx.attention"]
     assert "splash" not in compiled.kernels.values()
+
+
+def test_a_device_that_the_table_of_chips_does_not_have_keeps_plain_attention():
+    for kind, fusions in (("NVIDIA H100 80GB HBM3", {"kpx.attention": 1}), ("Tesla T4", {})):
+        traced = jax.jit(lambda *a: _scaled_after(*a)).trace(HEADS_FIRST, HEADS_FIRST, HEADS_FIRST)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+        context = Context(Device("cuda", kind, kind != "Tesla T4"), frozenset(), kpx.Config(), Fuel(None))
+        optimize_module(module, context)
+        assert context.fusions == fusions
 
 
 def test_a_partitioned_module_keeps_plain_attention():
