@@ -129,6 +129,7 @@ def _register(scale: str, mask: str) -> None:
             _supports,
             fixed_ranks=True,
             differentiated=_groups(layout, scale, mask, _HANDMADE),
+            parallel=("bh..",) * 3 if layout == "heads_first" else ("b.h.",) * 3,
             **numbers,
         )
 
@@ -151,6 +152,7 @@ for _causal in (False, True):
         [((2, 8, 4, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16)],
         _supports,
         fixed_ranks=True,
+        parallel=("b.h.",) * 3,
         scale=0.25,
     )
 
@@ -186,6 +188,7 @@ for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
         [*_GROUPED, *_masks],
         fixed_ranks=True,
         constant=(3,) if _masks else (),
+        parallel=() if _masks else ("bh..",) * 3,
         alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
         **_numbers,
     )

@@ -38,6 +38,8 @@ class Pattern:
         constant: the places of arrays that no gradient is looked for by (masks).
         checked: whether it need not be compared with what it replaces before it is first used.
         differentiated: further spellings, which only their gradients tell apart from those of `searches`.
+        parallel: for each array a letter a dimension, the result's being the first array's; along dimensions of one letter
+            other than "." results are independent, and devices may each compute a part. Empty where none is.
         alike: what patterns have in common whose searches differ, group for group, in what is left out of skeletons alone
             (conversions, broadcasts, reshapes, transposes): they are looked for together. Empty for none.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
@@ -56,6 +58,7 @@ class Pattern:
     gradient_of: Pattern | None = None
     constant: tuple[int, ...] = ()
     alike: str = ""
+    parallel: tuple[str, ...] = ()
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
@@ -173,6 +176,7 @@ def builtin(
     differentiated: Sequence[tuple[Callable, ...]] = (),
     constant: tuple[int, ...] = (),
     alike: str = "",
+    parallel: tuple[str, ...] = (),
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
@@ -192,6 +196,7 @@ def builtin(
             None,
             constant,
             alike,
+            parallel,
         )
     )
 

@@ -18,7 +18,7 @@ from jax._src import tree_util as _tree_util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.interpreters import pxla as _pxla
 from jax._src.lib import _jax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 
 def is_tracing() -> bool:
@@ -120,10 +120,23 @@ def absent_devices(platform: str, name: str, options: Mapping[str, Any]) -> list
     return list(topologies.get_topology_desc(topology_name=name, platform=platform, **options).devices)
 
 
-def lower_alone(function: Callable, structs: Sequence[jax.ShapeDtypeStruct], platform: str, device_kind: str) -> Any:
-    """The StableHLO module of a function lowered for a device that may be absent; Pallas asks for its kind."""
+def lower_alone(
+    function: Callable,
+    structs: Sequence[jax.ShapeDtypeStruct],
+    platform: str,
+    device_kind: str,
+    mesh: Mapping[str, int] | None = None,
+) -> Any:
+    """The StableHLO module of a function lowered for a device that may be absent; Pallas asks for its kind.
+
+    Args:
+        mesh: the axes that `jax.shard_map` finds around it.
+    """
     device = AbstractDevice(device_kind=device_kind, num_cores=1, platform=platform)
-    with use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device)):
+    axes = dict(mesh or {"device": 1})
+    kinds = (AxisType.Auto,) * len(axes)
+    around = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=kinds, abstract_device=device)
+    with use_abstract_mesh(around):
         lowered = jax.jit(function, keep_unused=True).trace(*structs).lower(lowering_platforms=(platform,))
     return lowered.compiler_ir("stablehlo")
 

@@ -13,7 +13,18 @@ from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
 from kpx.kernels import activation, attention_gpu, attention_spellings, attention_tpu, norm  # noqa: F401  (their patterns are registered)
-from kpx.passes import canonicalize, composites, convolution, epilogue, fusion, known_masks, layout, library, precision
+from kpx.passes import (
+    canonicalize,
+    composites,
+    convolution,
+    epilogue,
+    fusion,
+    known_masks,
+    layout,
+    library,
+    loops,
+    precision,
+)
 from kpx.passes.composites import Device
 
 
@@ -85,14 +96,15 @@ def decompose(module: ir.Module, context: Context) -> None:
 
 
 def know_masks(module: ir.Module, context: Context) -> None:
-    """A stage's body that computes the masks that no input decides."""
-    if _kernels_for(module, context) is not None:
+    """A stage's body that computes the masks that no input decides, and has loops compute what is constant."""
+    if _kernels_for(module, context, spread=True) is not None:
         known_masks.simplify(module)
+        loops.sink_constants(module)
 
 
 def fuse(module: ir.Module, context: Context) -> None:
     """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
-    if (device := _kernels_for(module, context)) is not None:
+    if (device := _kernels_for(module, context, spread=True)) is not None:
         disabled = frozenset(context.config.disable)
         context.fusions = dict(fusion.fuse(module, device, context.fuel, context.report, disabled))
     context.fusions |= composites.count(module)
@@ -103,11 +115,13 @@ def choose_kernels(module: ir.Module, context: Context) -> None:
     context.kernels |= composites.lower_composites(module, _kernels_for(module, context))
 
 
-def _kernels_for(module: ir.Module, context: Context) -> Device | None:
-    """The device whose kernels may be used; None where none may."""
+def _kernels_for(module: ir.Module, context: Context, *, spread: bool = False) -> Device | None:
+    """The device whose kernels may be used, those that are spread over devices too or not; None where none may."""
     # A kernel is not the same to the last bit; and XLA cannot partition one, but would gather its operands.
-    allowed = context.config.level == "balanced" and m.partitions(module) == 1 and context.device.is_known
-    return context.device if allowed else None
+    one = m.partitions(module) == 1
+    return (
+        context.device if context.config.level == "balanced" and context.device.is_known and (one or spread) else None
+    )
 
 
 def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:

@@ -22,6 +22,8 @@ from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
 from kpx.passes import canonicalize, pairs, precision
 from kpx.passes.composites import Device, replacement
+from kpx.passes.shardings import Shardings
+from kpx.passes.spread import Spread, spread_of
 
 # Ops of a match that others may use too, since computing them again costs next to nothing.
 _FREE = {"constant", "iota", "convert", "broadcast_in_dim", "reshape"}
@@ -60,18 +62,24 @@ def fuse(
     """
     counts: collections.Counter[str] = collections.Counter()
     m.run_passes(module, "cse")  # as in the patterns, one value is made once
+    shardings = Shardings(module) if m.partitions(module) > 1 else None
     with module.context, ir.Location.unknown():
         taken: set[Value] = set()
         replaced: dict[Value, Value] = {}
         for match in sorted(_matches(module, device.platform, disabled), key=lambda match: -match.gain):
             touched = {r for op in match.ops for r in op.results if not _is_free(op)}
-            if touched & taken or not _may_be_used(match, device, report) or not fuel.burn():
+            base, spread = match.pattern.gradient_of or match.pattern, None
+            if touched & taken or (
+                shardings is not None and (spread := spread_of(base, match.inputs, shardings)) is None
+            ):
+                continue
+            if not _may_be_used(match, device, report, spread) or not fuel.burn():
                 continue
             inputs = [replaced.get(v, v) for v in match.inputs]
-            if (base := match.pattern.gradient_of) is not None:
+            if match.pattern.gradient_of is not None or spread is not None:
                 try:
                     flops = cost.product_flops(match.ops)
-                    results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers, flops)
+                    results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers, flops, spread)
                 except Exception as error:  # a kernel may be anyone's, and must not stop the model
                     report.revert(match.pattern.name, f"it raised {type(error).__name__}: {error}.")
                     continue
@@ -90,16 +98,19 @@ def fuse(
     return counts
 
 
-def _may_be_used(match: Match, device: Device, report: Report) -> bool:
+def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | None) -> bool:
     pattern = match.pattern.gradient_of or match.pattern
     if match.pattern.name in report.reverted or pattern.name in report.reverted:
         return False
     if not pattern.checked and (failures := pattern_check.verdict(pattern).failures):
         report.revert(pattern.name, f"it is not what it replaces: {failures[0]}.")
         return False
-    if match.pattern.gradient_of is None:
+    if match.pattern.gradient_of is None and spread is None:
         return True  # a composite, which is what it was where no kernel takes it
-    arrays = tuple(jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in match.inputs[:-1])
+    count = len(pattern.example)
+    arrays = tuple(jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in match.inputs[:count])
+    if spread is not None:
+        arrays = tuple(map(spread.part, arrays, pattern.parallel))
     return replacement(pattern, device, arrays, match.numbers)[0] is not None
 
 

@@ -15,6 +15,7 @@ from kpx.jax_internals import lower_alone
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern, hold
 from kpx.passes.composites import Device
+from kpx.passes.spread import Spread, lowered
 
 
 def splice(
@@ -25,34 +26,44 @@ def splice(
     outputs: Sequence[Value],
     numbers: dict[str, float],
     flops: float,
+    spread: Spread | None = None,
 ) -> list[Value]:
     """Computes a pattern's result, and its gradients, by its kernels' own passes; gives them.
 
     Args:
         pattern: what the result is of (not its pattern with gradients).
-        inputs: the arrays, and the result's cotangent.
+        inputs: the arrays, and the result's cotangent where gradients are wanted.
         outputs: the result, and the gradients by each array that is not constant.
         flops: of the products that are replaced.
+        spread: how the arrays are split over devices.
     """
     structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
-    # Both are lowered before the module is touched: what a kernel raises leaves it as it was.
-    donors = [m.parse(text, module.context) for text in _lowered(pattern, structs, tuple(numbers.items()), device)]
-    cost.tell_flops(donors, flops)
-    made = _call(module, donors[0], inputs[:-1], m.producer(outputs[0]))
+    # All is lowered before the module is touched: what a kernel raises leaves it as it was.
+    texts = _lowered(pattern, structs, tuple(numbers.items()), device, spread)
+    donors = [m.parse(text, module.context) for text in texts]
+    cost.tell_flops(donors, flops if spread is None else flops / spread.parts)
+    count = len(pattern.example)
+    made = _call(module, donors[0], inputs[:count], m.producer(outputs[0]))
+    if len(donors) == 1:
+        return made[:1]
     first = _first([m.producer(v) for v in outputs[1:]])
     return [made[0], *_call(module, donors[1], [*made[1:], inputs[-1]], first)]
 
 
 @functools.lru_cache(maxsize=64)
-def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device) -> tuple[str, str]:
+def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spread: Spread | None) -> tuple[str, ...]:
     """The forward pass, `arrays -> result, saved`, and the backward, `saved, cotangent -> gradients`, as modules: layers
-    that are alike share them."""
+    that are alike share them. Without a cotangent, the forward pass alone, which saves nothing."""
     structs = [jax.ShapeDtypeStruct(*kind) for kind in types]
+    computed = functools.partial(pattern.replace, **dict(numbers))
+    differentiated = len(structs) > len(pattern.example)
     pulls: list[Any] = []
 
     def forward(*arrays):
         with kernels.implemented_for(device.platform):
-            variable, function = hold(functools.partial(pattern.replace, **dict(numbers)), pattern.constant, arrays)
+            if not differentiated:
+                return (computed(*arrays),)
+            variable, function = hold(computed, pattern.constant, arrays)
             out, pull = jax.vjp(function, *variable)
         saved, tree = jax.tree.flatten(pull)
         pulls.append(tree)
@@ -62,17 +73,22 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device) -> 
         with kernels.implemented_for(device.platform):
             return jax.tree.unflatten(pulls[-1], given[:-1])(given[-1])
 
-    _, *saved = jax.eval_shape(forward, *structs[:-1])
-    passes = (forward, structs[:-1]), (backward, [*saved, structs[-1]])
-    first, second = (
-        m.text(lower_alone(function, given, device.platform, device.kind), large_constants=True)
-        for function, given in passes
-    )
-    return first, second
+    if spread is not None:
+        modules = lowered(forward, backward if differentiated else None, structs, pattern, device, spread)
+    else:
+        _, *saved = jax.eval_shape(forward, *structs[: len(pattern.example)])
+        passes = [(forward, structs[: len(pattern.example)])]
+        if differentiated:
+            passes.append((backward, [*saved, structs[-1]]))
+        modules = [lower_alone(function, given, device.platform, device.kind) for function, given in passes]
+    return tuple(m.text(module, large_constants=True) for module in modules)
 
 
 def _call(module: ir.Module, donor: ir.Module, operands: Sequence[Value], before: Any) -> list[Value]:
     types = [r.type for r in m.entry_block(m.main(donor)).operations[-1].operands]
+    for op in list(donor.body.operations):
+        if op.operation.name == "sdy.mesh":  # it is the module's own
+            op.operation.erase()
     symbol = m.merge(module, donor, "kpx.pair")
     with module.context, ir.InsertionPoint(before.operation), before.operation.location:
         call = func.CallOp(types, ir.FlatSymbolRefAttr.get(symbol), list(operands))

@@ -14,7 +14,7 @@ RULES: list[Rewrite] = [
     if isinstance(rule, Rewrite) and rule not in _OFF_CPU
 ]
 
-LAST: list[Rewrite] = [products.transpose_of_batches_into_dot]
-"""Of those, what comes after fusion where kernels are looked for: it moves what patterns begin and end with."""
+LAST: list[Rewrite] = [products.transpose_of_batches_into_dot, movement.reshape_of_reshape]
+"""Of those, what comes after fusion where kernels are looked for: it joins what patterns begin and end with to others."""
 
 FOR_FUSION: list[Rewrite] = [*_OFF_CPU, *(rule for rule in RULES if rule not in LAST)]

@@ -110,6 +110,35 @@ def reshape_of_reshape(op):
     return None if inner is None else m.reshape(inner.operand, m.shape(op.result))
 
 
+@rewrite(stablehlo.ReshapeOp, exact=True)
+def reshape_of_reshape_by_units(op):
+    """Two reshapes are one where one of them only adds or drops dimensions of size 1, or the second undoes the first.
+
+    Before:
+        func.func @main(%a: tensor<2x6xf32>) -> tensor<4x3xf32> {
+          %0 = stablehlo.reshape %a : (tensor<2x6xf32>) -> tensor<2x1x6xf32>
+          %1 = stablehlo.reshape %0 : (tensor<2x1x6xf32>) -> tensor<4x3xf32>
+          return %1 : tensor<4x3xf32>
+        }
+    After:
+        func.func @main(%a: tensor<2x6xf32>) -> tensor<4x3xf32> {
+          %0 = stablehlo.reshape %a : (tensor<2x6xf32>) -> tensor<4x3xf32>
+          return %0 : tensor<4x3xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<2x6xf32>) -> tensor<4x3xf32> {
+          %0 = stablehlo.reshape %a : (tensor<2x6xf32>) -> tensor<12xf32>
+          %1 = stablehlo.reshape %0 : (tensor<12xf32>) -> tensor<4x3xf32>
+          return %1 : tensor<4x3xf32>
+        }
+    """
+    inner = producer(op.operand, stablehlo.ReshapeOp)
+    if inner is None:
+        return None
+    first, between, last = ([n for n in m.shape(v) if n != 1] for v in (inner.operand, op.operand, op.result))
+    return m.reshape(inner.operand, m.shape(op.result)) if between in (first, last) or first == last else None
+
+
 @rewrite(stablehlo.BroadcastInDimOp, exact=True)
 def broadcast_is_reshape(op):
     """A broadcast that repeats nothing and keeps the order of dimensions is a reshape, or nothing.

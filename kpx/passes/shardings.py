@@ -1,0 +1,76 @@
+"""How a partitioned module's values lie on its mesh, as Shardy propagates it from the shardings that are stated."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeAlias
+
+from kpx.ir import module as m
+from kpx.ir.module import Value, ir
+
+Axes: TypeAlias = tuple[str, ...]
+Sharding: TypeAlias = tuple[Axes, ...]
+"""For each dimension of an array, the axes of the mesh that it is split over."""
+
+_NUMBER = "kpx.number"
+_MESH = "mesh"  # what JAX calls the mesh of a module that has one
+
+
+class Shardings:
+    """What Shardy's propagation gives, on a copy of a module: XLA partitions by the same.
+
+    Attributes:
+        mesh: sizes of the mesh's axes, by name.
+    """
+
+    def __init__(self, module: ir.Module):
+        self.mesh = m.mesh_axes(module)
+        self._of_ops: dict[int, list[Sharding | None]] = {}
+        self._of_arguments: list[Sharding | None] = []
+        self._numbers: dict[Value, int] = {}
+        if self.mesh:
+            self._propagate(module)
+
+    def of(self, value: Value) -> Sharding | None:
+        """A value's sharding; None where it has none that is told by whole axes, or is an argument of a loop's body."""
+        op = m.producer(value)
+        if op is not None:
+            known = self._of_ops.get(self._numbers.get(op.results[0], -1))
+            found = known[list(op.results).index(value)] if known else None
+        else:
+            number = ir.BlockArgument(value).arg_number
+            is_main = ir.BlockArgument(value).owner.owner.operation.name == "func.func"
+            found = self._of_arguments[number] if is_main and number < len(self._of_arguments) else None
+        return found if found is not None and len(found) == m.rank(value) else None
+
+    def _propagate(self, module: ir.Module) -> None:
+        integer = ir.IntegerType.get_signless(64, module.context)
+        ops = [op for op in m.walk(m.main(module)) if len(op.results)]
+        for number, op in enumerate(ops):
+            op.attributes[_NUMBER] = ir.IntegerAttr.get(integer, number)
+            self._numbers[op.results[0]] = number
+        copied = m.copy(module)
+        for op in ops:
+            del op.attributes[_NUMBER]
+        m.run_passes(copied, "sdy-propagation-pipeline")
+        main = m.main(copied)
+        for op in m.walk(main):
+            if _NUMBER in op.attributes and "sdy.sharding" in op.attributes:
+                self._of_ops[op.attributes[_NUMBER].value] = _parsed(op.attributes["sdy.sharding"])
+        for argument in main.arg_attrs or ():
+            stated = m.dictionary(argument)
+            self._of_arguments += _parsed(stated["sdy.sharding"])[:1] if "sdy.sharding" in stated else [None]
+
+
+def _parsed(attribute: Any) -> list[Sharding | None]:
+    """Each value's sharding of an attribute; None for one by parts of axes, or over another mesh."""
+    return [
+        _dimensions(dims) if mesh == _MESH else None
+        for mesh, dims in re.findall(r"<@([\w.]+), \[(.*?)\](?:, [^<>]*)?>", str(attribute))
+    ]
+
+
+def _dimensions(text: str) -> Sharding | None:
+    if ":(" in text:  # a part of an axis
+        return None
+    return tuple(tuple(re.findall(r'"([^"]+)"', dim)) for dim in re.findall(r"\{([^}]*)\}", text))

@@ -1,0 +1,110 @@
+"""A kernel over several devices: each computes its own part, under Shardy's manual computation, and nothing is gathered.
+
+XLA cannot partition what it cannot see: a kernel in a partitioned module would have its operands gathered. Where Shardy
+splits only dimensions along which a pattern's results are independent (attention's batch and heads), the kernel is put
+in at the shapes of one device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from kpx.ir import module as m
+from kpx.ir.module import Value
+from kpx.jax_internals import lower_alone
+from kpx.kernels.patterns import Pattern
+from kpx.passes.composites import Device
+from kpx.passes.shardings import Axes, Shardings
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over which axes of a mesh a pattern's independent dimensions are split.
+
+    Attributes:
+        mesh: names and sizes of all axes.
+        axes: by letter of `Pattern.parallel`, the axes.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    axes: tuple[tuple[str, Axes], ...]
+
+    def spec(self, letters: str) -> PartitionSpec:
+        """How an array with these letters is split."""
+        axes = dict(self.axes)
+        return PartitionSpec(*(axes.get(letter) or None for letter in letters))
+
+    def part(self, struct: jax.ShapeDtypeStruct, letters: str) -> jax.ShapeDtypeStruct:
+        """What one device has of an array."""
+        sizes, axes = dict(self.mesh), dict(self.axes)
+        over = [math.prod(sizes[a] for a in axes.get(letter, ())) for letter in letters]
+        return jax.ShapeDtypeStruct([n // k for n, k in zip(struct.shape, over, strict=True)], struct.dtype)
+
+    @property
+    def parts(self) -> int:
+        """Over how many devices work is split."""
+        return math.prod(dict(self.mesh)[a] for _, axes in self.axes for a in axes)
+
+    @property
+    def pieces(self) -> PartitionSpec:
+        """One device's arrays, whatever they are, laid one after another along their first dimension."""
+        return PartitionSpec(tuple(a for _, axes in self.axes for a in axes))
+
+
+def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -> Spread | None:
+    """How a pattern that was found is split; None where it is not, or not along independent dimensions alone."""
+    if not pattern.parallel:
+        return None
+    axes: dict[str, Axes] = {}
+    for value, letters in zip(inputs, (*pattern.parallel, pattern.parallel[0]), strict=False):
+        found = shardings.of(value)
+        if found is None:
+            return None
+        for letter, size, over in zip(letters, m.shape(value), found, strict=True):
+            if letter == ".":
+                if over:
+                    return None
+                continue
+            if size % math.prod(shardings.mesh[a] for a in axes.setdefault(letter, over)) or over not in (
+                (),
+                axes[letter],
+            ):
+                return None
+    if not any(axes.values()):
+        return None  # every device does everything: as well as Shardy knows, that is no one's intention
+    return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())))
+
+
+def lowered(
+    forward: Any,
+    backward: Any,
+    structs: Sequence[jax.ShapeDtypeStruct],
+    pattern: Pattern,
+    device: Device,
+    spread: Spread,
+) -> list[Any]:
+    """Both passes of a pattern, of one device's arrays, as modules over whole arrays.
+
+    Args:
+        forward: `arrays -> result, saved`. `backward`: `saved, cotangent -> gradients`, or None.
+        structs: the arrays, whole; and for the backward pass the cotangent.
+    """
+    letters = pattern.parallel
+    specs = tuple(map(spread.spec, letters))
+    _, *saved = jax.eval_shape(forward, *map(spread.part, structs[: len(letters)], letters))
+    pieces = tuple(spread.pieces if s.ndim else PartitionSpec() for s in saved)
+    over = spread.parts
+    whole = [jax.ShapeDtypeStruct((s.shape[0] * over, *s.shape[1:]) if s.ndim else (), s.dtype) for s in saved]
+    shard = functools.partial(jax.shard_map, check_vma=False)
+    parts = [(shard(forward, in_specs=specs, out_specs=(specs[0], *pieces)), structs[: len(letters)])]
+    if backward is not None:
+        gradients = tuple(s for i, s in enumerate(specs) if i not in pattern.constant)
+        parts.append((shard(backward, in_specs=(*pieces, specs[0]), out_specs=gradients), [*whole, structs[-1]]))
+    return [lower_alone(f, given, device.platform, device.kind, dict(spread.mesh)) for f, given in parts]

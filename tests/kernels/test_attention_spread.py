@@ -1,0 +1,109 @@
+"""Attention over several devices: kernels at the shapes of one, and nothing gathered."""
+
+import collections
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import kpx
+from bench import llama
+from tests.kernels.test_attention_fusion import KERNELS, LENGTH, _mask_added, _scaled_after, _scaled_before_and_hidden
+from tests.kernels.test_attention_gradient import _gradients
+
+FOUR = {"tpu-v5e:2x2": "tpu-v5e", "cuda:h100x4": "cuda:h100", "rocm:mi300x4": "rocm:mi300x"}
+
+
+def _spec(target, *axes, shape=(4, 8, LENGTH, 64)):
+    mesh = kpx.Target(target).mesh(data=2, model=2)
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*axes)))
+
+
+@pytest.mark.parametrize("target", FOUR)
+@pytest.mark.parametrize("function", [_scaled_after, _mask_added], ids=lambda f: f.__name__)
+def test_a_kernel_computes_each_devices_part(function, target):
+    spec = _spec(target, "data", "model")
+    compiled = kpx.compile(_gradients(function), spec, spec, spec, target=target)
+    assert compiled.fusions == {"kpx.attention and its gradient": 1}
+    assert compiled.hlo.count(f'custom_call_target="{KERNELS[FOUR[target]][1]}"') == 3
+    assert not compiled.collectives
+    assert f"{LENGTH},{LENGTH}" not in compiled.hlo
+
+
+@pytest.mark.parametrize("target", FOUR)
+def test_without_a_gradient_too(target):
+    spec = _spec(target, "data", None, "model", shape=(4, LENGTH, 8, 64))
+    compiled = kpx.compile(_scaled_before_and_hidden, spec, spec, spec, target=target)
+    assert compiled.fusions == {"kpx.attention": 1}
+    assert not compiled.collectives
+    assert compiled.cost.product_flops == 4 * 4 * 8 * LENGTH * LENGTH * 64 / 4  # of one device
+
+
+LEFT_ALONE = {"over positions": ("data", None, "model"), "over sizes": ("data", None, None, "model"), "nowhere": ()}
+
+
+@pytest.mark.parametrize("split", LEFT_ALONE)
+def test_what_is_split_otherwise_is_left_to_xla(split):
+    spec = _spec("tpu-v5e:2x2", *LEFT_ALONE[split])
+    compiled = kpx.compile(_scaled_after, spec, spec, spec, target="tpu-v5e:2x2")
+    assert compiled.fusions == {}
+
+
+@pytest.mark.parametrize("target", FOUR)
+def test_a_training_step_over_a_mesh_has_its_kernels_and_sends_no_more(target):
+    sizes = llama.Sizes(width=256, hidden=512, layers=4, heads=8, kv_heads=2, vocabulary=1024)
+    step, specs = llama.training_step(sizes, kpx.Target(target).mesh(fsdp=-1, model=2), 16, 256)
+    sent = []
+    for level, fusions in (
+        ("conservative", {}),
+        ("balanced", {"kpx.attention": 1, "kpx.attention and its gradient": 1}),
+    ):
+        compiled = kpx.compile(step, *specs, target=target, config=kpx.Config(level=level))
+        assert compiled.fusions == fusions
+        sent.append(collections.Counter())
+        for collective in compiled.collectives:
+            sent[-1][collective.kind] += collective.bytes * collective.count
+    assert sum(sent[1].values()) <= 1.01 * sum(sent[0].values())
+
+
+RUN = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import kpx
+from kpx.kernels.attention import attention_kernel
+from kpx.kernels.attention_tpu import interpreted
+from tests.kernels.test_attention_fusion import _mask_added
+from tests.kernels.test_attention_gradient import _gradients
+from tests.reference import assert_closer
+
+attention_kernel.on("cpu")(interpreted)
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+place = NamedSharding(mesh, P("data", "model"))
+rng = np.random.default_rng(0)
+whole = [rng.standard_normal((4, 4, 128, 64)).astype(np.float32) for _ in "qkv"]
+arrays = [jax.device_put(a, place) for a in whole]
+compiled = kpx.compile(_gradients(_mask_added), *arrays)
+assert compiled.fusions == {"kpx.attention and its gradient": 1}, compiled.fusions
+plain = jax.jit(_gradients(_mask_added))(*whole)
+with jax.enable_x64(True):
+    exact = _gradients(_mask_added)(*(a.astype(np.float64) for a in whole))
+for ours, theirs, reference in zip(compiled(*arrays), plain, exact, strict=True):
+    assert_closer(ours, theirs, reference, relative=2e-6)
+print("the same")
+"""
+
+
+def test_four_devices_give_what_one_gives():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *(p for p in sys.path if p)]),
+    }
+    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "the same", done.stderr[-2000:]
