@@ -32,8 +32,11 @@ class Shardings:
             self._propagate(module)
 
     def of(self, value: Value) -> Sharding | None:
-        """A value's sharding; None where it has none that is told by whole axes, or is an argument of a loop's body."""
+        """A value's sharding; None where it has none that is told by whole axes, is an argument of a loop's body, or is one
+        device's already (in a `shard_map`)."""
         op = m.producer(value)
+        if op is not None and _is_manual(op):
+            return None
         if op is not None:
             known = self._of_ops.get(self._numbers.get(op.results[0], -1))
             found = known[list(op.results).index(value)] if known else None
@@ -60,6 +63,15 @@ class Shardings:
         for argument in main.arg_attrs or ():
             stated = m.dictionary(argument)
             self._of_arguments += _parsed(stated["sdy.sharding"])[:1] if "sdy.sharding" in stated else [None]
+
+
+def _is_manual(op: Any) -> bool:
+    parent = op.operation.parent
+    while parent is not None and parent.operation.name not in ("func.func", "builtin.module"):
+        if parent.operation.name == "sdy.manual_computation":
+            return True
+        parent = parent.operation.parent
+    return False
 
 
 def _parsed(attribute: Any) -> list[Sharding | None]:

@@ -55,6 +55,19 @@ def test_what_is_split_otherwise_is_left_to_xla(split):
     assert compiled.fusions == {}
 
 
+@pytest.mark.parametrize("axes", [{"data", "model"}, {"model"}], ids=str)
+def test_what_is_one_devices_already_is_left_to_xla(axes):
+    target = kpx.Target("tpu-v5e:2x2")
+    split = P(None, "model") if axes == {"model"} else P("data", "model")
+
+    def one(q, k, v):  # doubled, so that no operand is an argument
+        return _scaled_after(2 * q, 2 * k, 2 * v)
+
+    mapped = jax.shard_map(one, mesh=target.mesh(data=2, model=2), in_specs=split, out_specs=split, axis_names=axes)
+    spec = _spec("tpu-v5e:2x2", "data", "model")
+    assert kpx.compile(mapped, spec, spec, spec, target=target).fusions == {}
+
+
 @pytest.mark.parametrize("target", FOUR)
 def test_a_training_step_over_a_mesh_has_its_kernels_and_sends_no_more(target):
     sizes = llama.Sizes(width=256, hidden=512, layers=4, heads=8, kv_heads=2, vocabulary=1024)
