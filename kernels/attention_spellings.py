@@ -188,7 +188,7 @@ for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
         [*_GROUPED, *_masks],
         fixed_ranks=True,
         constant=(3,) if _masks else (),
-        parallel=() if _masks else ("bh..",) * 3,
+        parallel=("bh..",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()),
         alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
         **_numbers,
     )

@@ -110,7 +110,7 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
     count = len(pattern.example)
     arrays = tuple(jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in match.inputs[:count])
     if spread is not None:
-        arrays = tuple(map(spread.part, arrays, pattern.parallel))
+        arrays = tuple(map(spread.part, arrays, spread.letters))
     return replacement(pattern, device, arrays, match.numbers)[0] is not None
 
 

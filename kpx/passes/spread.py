@@ -31,10 +31,12 @@ class Spread:
     Attributes:
         mesh: names and sizes of all axes.
         axes: by letter of `Pattern.parallel`, the axes.
+        letters: those of each array, "." for a dimension of size 1 of a constant one, which is broadcast.
     """
 
     mesh: tuple[tuple[str, int], ...]
     axes: tuple[tuple[str, Axes], ...]
+    letters: tuple[str, ...]
 
     def spec(self, letters: str) -> PartitionSpec:
         """How an array with these letters is split."""
@@ -63,7 +65,14 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
     if not pattern.parallel:
         return None
     axes: dict[str, Axes] = {}
-    for value, letters in zip(inputs, (*pattern.parallel, pattern.parallel[0]), strict=False):
+    given = [
+        # Only of constant ones: each device's gradient of another would be a part of a sum.
+        "".join(
+            "." if size == 1 and place in pattern.constant else c for c, size in zip(letters, m.shape(v), strict=True)
+        )
+        for place, (v, letters) in enumerate(zip(inputs, (*pattern.parallel, pattern.parallel[0]), strict=False))
+    ]
+    for value, letters in zip(inputs, given, strict=True):
         found = shardings.of(value)
         if found is None:
             return None
@@ -79,7 +88,7 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
                 return None
     if not any(axes.values()):
         return None  # every device does everything: as well as Shardy knows, that is no one's intention
-    return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())))
+    return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.parallel)]))
 
 
 def lowered(
@@ -96,7 +105,7 @@ def lowered(
         forward: `arrays -> result, saved`. `backward`: `saved, cotangent -> gradients`, or None.
         structs: the arrays, whole; and for the backward pass the cotangent.
     """
-    letters = pattern.parallel
+    letters = spread.letters
     specs = tuple(map(spread.spec, letters))
     _, *saved = jax.eval_shape(forward, *map(spread.part, structs[: len(letters)], letters))
     pieces = tuple(spread.pieces if s.ndim else PartitionSpec() for s in saved)

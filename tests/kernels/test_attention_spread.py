@@ -1,6 +1,7 @@
 """Attention over several devices: kernels at the shapes of one, and nothing gathered."""
 
 import collections
+import functools
 import os
 import pathlib
 import subprocess
@@ -45,6 +46,20 @@ def test_without_a_gradient_too(target):
     assert compiled.cost.product_flops == 4 * 4 * 8 * LENGTH * LENGTH * 64 / 4  # of one device
 
 
+@pytest.mark.parametrize("target", FOUR)
+def test_a_mask_over_keys_is_split_with_its_batch(target):
+    spec, seen = _spec(target, "data", "model"), _spec(target, "data", shape=(4, LENGTH))
+    seen = jax.ShapeDtypeStruct(seen.shape, bool, sharding=seen.sharding)
+
+    def step(q, k, v, seen):
+        function = functools.partial(kpx.ops.attention, mask=seen[:, None, None])
+        return _gradients(function)(q, k, v)
+
+    compiled = kpx.compile(step, spec, spec, spec, seen, target=target)
+    assert compiled.fusions == {"kpx.attention and its gradient": 1}
+    assert not compiled.collectives
+
+
 LEFT_ALONE = {"over positions": ("data", None, "model"), "over sizes": ("data", None, None, "model"), "nowhere": ()}
 
 
@@ -53,6 +68,16 @@ def test_what_is_split_otherwise_is_left_to_xla(split):
     spec = _spec("tpu-v5e:2x2", *LEFT_ALONE[split])
     compiled = kpx.compile(_scaled_after, spec, spec, spec, target="tpu-v5e:2x2")
     assert compiled.fusions == {}
+
+
+def test_keys_that_all_heads_share_are_left_to_xla_where_heads_are_split():
+    query, key = _spec("tpu-v5e:2x2", "data", "model"), _spec("tpu-v5e:2x2", "data", shape=(4, 1, LENGTH, 64))
+    attention = _gradients(functools.partial(kpx.ops.attention, causal=True))
+    assert kpx.compile(attention, query, key, key, target="tpu-v5e:2x2").fusions == {}
+    query = _spec("tpu-v5e:2x2", ("data", "model"))
+    key = _spec("tpu-v5e:2x2", ("data", "model"), shape=(4, 1, LENGTH, 64))
+    compiled = kpx.compile(attention, query, key, key, target="tpu-v5e:2x2")
+    assert compiled.fusions == {"kpx.attention and its gradient": 1}
 
 
 @pytest.mark.parametrize("axes", [{"data", "model"}, {"model"}], ids=str)
