@@ -157,6 +157,47 @@ for _causal in (False, True):
     )
 
 
+# Written out, with a mask that is added: what transformers calls eager attention, capped or not.
+
+
+def _eager(scaled: Callable, capped: bool, widened: str, softmax: Callable) -> Callable:
+    dot, combine = _LAYOUTS["heads_first"]
+
+    def search(q, k, v, mask, *, scale, softcap=None):
+        scores = scaled(q, k, dot, scale)
+        if capped:
+            scores = jnp.tanh(scores / softcap) * softcap
+        scores = (_wide(scores) if widened == "before" else scores) + mask
+        weights = softmax(_wide(scores) if widened == "after" else scores, -1)
+        return combine(weights.astype(q.dtype), v)
+
+    return search
+
+
+def _eager_kernel(scaled: str) -> Callable:
+    def replace(q, k, v, mask, *, scale, softcap=None):
+        return attention(q, k, v, mask=mask, scale=1 / scale if scaled == "divided" else scale, softcap=softcap)
+
+    return replace
+
+
+for _scale, _capped in itertools.product(("multiplied", "divided"), (False, True)):
+    builtin(
+        f"attention.added{'_capped' if _capped else ''}.{_scale}",
+        [
+            tuple(_eager(scaled, _capped, widened, jax.nn.softmax) for widened in _WIDENED)
+            for scaled in _SCALED[_scale][:1]
+        ],
+        _eager_kernel(_scale),
+        [*[((2, 4, 8, 16), jnp.bfloat16)] * 3, ((2, 1, 8, 8), jnp.bfloat16)],
+        fixed_ranks=True,
+        constant=(3,),
+        parallel=("bh..",) * 4,
+        **({"scale": 0.25} if _scale == "multiplied" else {"scale": 4.0}),
+        **({"softcap": 20.0} if _capped else {}),
+    )
+
+
 # The composite's own decomposition, which it becomes when it is differentiated.
 
 _GROUPED = [((2, 4, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16)]
