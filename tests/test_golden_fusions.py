@@ -45,6 +45,7 @@ def test_a_case_has_its_fusions(name):
     assert compiled.fusions.get(ATTENTION, 0) == CASE[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, count in CASE.items() if count])
 @pytest.mark.models
 def test_a_cases_training_step_has_its_fusions(name):

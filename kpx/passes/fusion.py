@@ -44,6 +44,11 @@ class Match:
     numbers: dict[str, float]
     gain: int
 
+    @property
+    def base(self) -> Pattern:
+        """The pattern, less its gradient."""
+        return self.pattern.gradient_of or self.pattern
+
 
 def fuse(
     module: ir.Module, device: Device, fuel: Fuel, report: Report, disabled: frozenset[str] = frozenset()
@@ -57,8 +62,10 @@ def fuse(
     In a module that JAX has differentiated, patterns are looked for with their gradients too, and what is found becomes
     its kernels' forward and backward pass at once.
 
+    In a module that is partitioned over a mesh, what is found becomes kernels of one device's part (see `spread_of`).
+
     Returns:
-        How often each was found with its gradient; the others are composites, and can be counted as such.
+        How often each was found and computed at once; the others are composites, and can be counted as such.
     """
     counts: collections.Counter[str] = collections.Counter()
     m.run_passes(module, "cse")  # as in the patterns, one value is made once
@@ -68,24 +75,18 @@ def fuse(
         replaced: dict[Value, Value] = {}
         for match in sorted(_matches(module, device.platform, disabled), key=lambda match: -match.gain):
             touched = {r for op in match.ops for r in op.results if not _is_free(op)}
-            base, spread = match.pattern.gradient_of or match.pattern, None
-            if touched & taken or (
-                shardings is not None and (spread := spread_of(base, match.inputs, shardings)) is None
-            ):
+            spread = None if shardings is None else spread_of(match.base, match.inputs, shardings)
+            if touched & taken or (shardings is not None and spread is None):
                 continue
             if not _may_be_used(match, device, report, spread) or not fuel.burn():
                 continue
             inputs = [replaced.get(v, v) for v in match.inputs]
-            if match.pattern.gradient_of is not None or spread is not None:
-                try:
-                    flops = cost.product_flops(match.ops)
-                    results = pairs.splice(module, device, base, inputs, match.outputs, match.numbers, flops, spread)
-                except Exception as error:  # a kernel may be anyone's, and must not stop the model
-                    report.revert(match.pattern.name, f"it raised {type(error).__name__}: {error}.")
-                    continue
-                counts[match.pattern.label] += 1
-            else:
+            if match.pattern.gradient_of is None and spread is None:
                 results = _composite(module, match, inputs)
+            elif (results := _spliced(module, device, match, inputs, spread, report)) is None:
+                continue
+            else:
+                counts[match.pattern.label] += 1
             taken |= touched
             for old, new in zip(match.outputs, results, strict=True):
                 old.replace_all_uses_with(new)
@@ -98,8 +99,20 @@ def fuse(
     return counts
 
 
+def _spliced(
+    module: ir.Module, device: Device, match: Match, inputs: Sequence[Value], spread: Spread | None, report: Report
+) -> list[Value] | None:
+    """The results of a match, by its kernels; None where those raise."""
+    flops = cost.product_flops(match.ops)
+    try:
+        return pairs.splice(module, device, match.base, inputs, match.outputs, match.numbers, flops, spread)
+    except Exception as error:  # a kernel may be anyone's, and must not stop the model
+        report.revert(match.pattern.name, f"it raised {type(error).__name__}: {error}.")
+        return None
+
+
 def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | None) -> bool:
-    pattern = match.pattern.gradient_of or match.pattern
+    pattern = match.base
     if match.pattern.name in report.reverted or pattern.name in report.reverted:
         return False
     if not pattern.checked and (failures := pattern_check.verdict(pattern).failures):

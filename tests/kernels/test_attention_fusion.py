@@ -160,11 +160,3 @@ def test_a_device_that_the_table_of_chips_does_not_have_keeps_plain_attention():
         context = Context(Device("cuda", kind, kind != "Tesla T4"), frozenset(), kpx.Config(), Fuel(None))
         optimize_module(module, context)
         assert context.fusions == fusions
-
-
-def test_a_partitioned_module_keeps_plain_attention():
-    target = kpx.Target("tpu-v5e:2x2")
-    sharding = jax.sharding.NamedSharding(target.mesh(data=4), jax.sharding.PartitionSpec("data"))
-    spec = jax.ShapeDtypeStruct((4, 4, 256, 64), jnp.bfloat16, sharding=sharding)
-    compiled = kpx.compile(_scaled_after, spec, spec, spec, target=target)
-    assert compiled.fusions == {}

@@ -93,7 +93,7 @@ def test_what_is_one_devices_already_is_left_to_xla(axes):
     assert kpx.compile(mapped, spec, spec, spec, target=target).fusions == {}
 
 
-@pytest.mark.parametrize("target", FOUR)
+@pytest.mark.parametrize("target", ["tpu-v5e:2x2", *(pytest.param(t, marks=pytest.mark.slow) for t in list(FOUR)[1:])])
 def test_a_training_step_over_a_mesh_has_its_kernels_and_sends_no_more(target):
     sizes = llama.Sizes(width=256, hidden=512, layers=4, heads=8, kv_heads=2, vocabulary=1024)
     step, specs = llama.training_step(sizes, kpx.Target(target).mesh(fsdp=-1, model=2), 16, 256)

@@ -52,7 +52,7 @@ def test_results_and_gradients_in_f16_are_those_of_attention(platform):
     _check((1, 4, 2, 130, 130, 64, 64), np.float16, causal=True, platform=platform, relative=2e-3)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
 def test_results_and_gradients_at_random_shapes_are_those_of_attention(seed):
     rng = np.random.default_rng(100 + seed)
     kv_heads, group, batch = (int(n) for n in rng.integers(1, 4, 3))

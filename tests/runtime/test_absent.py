@@ -87,6 +87,7 @@ def _transformer_flops(case: str, config, batch: int, length: int) -> int:
     return config.num_hidden_layers * layer + 2 * tokens * h * config.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["bert", "llama"])
 @pytest.mark.models
 def test_a_models_products_are_those_counted_by_hand(case):
