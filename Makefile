@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Compilers for targets that are not here, where the tests of all environments find them.
 export KPX_PLUGINS ?= $(CURDIR)/.plugins
 
-.PHONY: demo test test-slow lint format wheel-test readme-test clean
+.PHONY: demo test test-slow lint format skeletons wheel-test readme-test clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,6 +40,10 @@ lint: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# After a change of what patterns are spelled by, or of how modules are canonicalized.
+skeletons: .venv/.installed
+	$(BIN)/python -m kpx.passes.skeletons
 
 # The README's Python blocks, run as they stand.
 readme-test: .venv/.installed .plugins/.installed

@@ -13,45 +13,98 @@ import jax.numpy as jnp
 
 ARCHITECTURES = {"sm_80": ("cuda", 80, 32), "sm_90a": ("cuda", 90, 32), "sm_100a": ("cuda", 100, 32),
                  "gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64)}  # fmt: skip
-_INPUTS = {"forward": 4, "backward_keys": 7, "backward_queries": 7}
-_OUTPUTS = {"forward": ("*bf16", "*fp32"), "backward_keys": ("*bf16", "*bf16"), "backward_queries": ("*bf16",)}
+_BF16, _F32, _I32 = "*bf16", "*fp32", "*i32"
+
+
+def every() -> list[dict[str, Any]]:
+    """A row for each kernel, in bf16, and each architecture that it is chosen for."""
+    return [row for rows in (attention, grouped, norms) for row in rows()]
 
 
 def attention(length: int = 4096, size: int = 128) -> list[dict[str, Any]]:
-    """A row for each kernel of causal attention in bf16, and each architecture."""
-    from kpx.kernels import attention_gpu
+    """Of causal attention."""
+    from kpx.kernels import attention_gpu, attention_triton
 
     struct = jax.ShapeDtypeStruct((16, length, size), jnp.bfloat16)
+    types = {
+        attention_triton.forward: [_BF16] * 5 + [_F32],
+        attention_triton.backward_keys: [_BF16] * 5 + [_F32] * 2 + [_BF16] * 2,
+        attention_triton.backward_queries: [_BF16] * 5 + [_F32] * 2 + [_BF16],
+    }
     rows = []
     for architecture, (backend, *_) in ARCHITECTURES.items():
         platform = "cuda" if backend == "cuda" else "rocm"
         settings = attention_gpu.Settings(platform, 16, size**-0.5, True, 0, 0.0)
-        for kernel in _INPUTS:
-            choose = attention_gpu.forward_blocks if kernel == "forward" else attention_gpu.backward_blocks
+        for kernel, of in types.items():
+            forward = kernel is attention_triton.forward
+            choose = attention_gpu.forward_blocks if forward else attention_gpu.backward_blocks
             blocks = choose(platform, 2 * size)
             constants = attention_gpu.sizes(struct, struct, struct, None, settings, blocks)
             rows.append(
-                {"kernel": kernel, "architecture": architecture} | _resources(kernel, architecture, constants, blocks)
+                _row(f"attention, {kernel.__name__}", kernel, of, constants, blocks.warps, blocks.stages, architecture)
             )
     return rows
 
 
-def _resources(kernel: str, architecture: str, constants: dict[str, Any], blocks: Any) -> dict[str, Any]:
+def grouped(rows: int = 8192, groups: int = 16, size: int = 2048, width: int = 1024) -> list[dict[str, Any]]:
+    """Of grouped products, for NVIDIA's alone."""
+    from kpx.kernels import grouped_matmul_gpu as gpu
+    from kpx.kernels import grouped_matmul_triton as kernels
+
+    common = {"SIZE": size, "WIDTH": width, "PRECISION": "tf32"}
+    by_row, by_group = gpu.tiles(rows // groups, width, size, 2), gpu.tiles(size, width, rows // groups, 2)
+    cases = [
+        (f"rows by group{', transposed' if t else ''}", kernels.rows_by_group, [_BF16] * 2 + [_I32] * 3 + [_BF16], by_row,
+         {"GROUPS": groups, "TRANSPOSED": t}) for t in (False, True)
+    ]  # fmt: skip
+    cases.append(("sums by group", kernels.sums_by_group, [_BF16] * 2 + [_I32] * 2 + [_BF16], by_group, {}))
+    return [
+        _row(name, kernel, types, common | own | {"BM": cut.rows, "BN": cut.columns, "BK": cut.inner}, cut.warps, cut.stages, a)
+        for name, kernel, types, cut, own in cases
+        for a, (backend, *_) in ARCHITECTURES.items()
+        if backend == "cuda"
+    ]  # fmt: skip
+
+
+def norms(rows: int = 8192) -> list[dict[str, Any]]:
+    """Of layer norm with what flows around it, at a usual and at the largest size."""
+    from kpx.kernels import norm_gpu
+    from kpx.kernels import norm_triton as kernels
+
+    found = []
+    for size in (4096, norm_gpu.MOST_SIZE):
+        blocks, warps = norm_gpu.cut(size)
+        shared = {"ROWS": rows, "SIZE": size, "CENTRED": True, "WEIGHT": True} | blocks
+        for architecture in ARCHITECTURES:
+            found += [
+                _row(f"layer norm of {size}, {kernel.__name__}", kernel, types, shared | own, warps, 2, architecture)
+                for kernel, types, own in (
+                    (kernels.forward, [_BF16] * 4 + [_F32] * 2, {"EPS": 1e-5, "BIAS": True}),
+                    (
+                        kernels.backward,
+                        [_BF16] * 4 + [_F32] * 2 + [_BF16] + [_F32] * 2,
+                        {"FURTHER": True, "PROGRAMS": 264},
+                    ),
+                )
+            ]
+    return found
+
+
+def _row(
+    name: str, kernel: Any, types: list[str], constants: dict[str, Any], warps: int, stages: int, architecture: str
+):
+    """What Triton says of a kernel, given its pointers' types and its constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kpx.kernels import attention_triton
-
-    function = getattr(attention_triton, kernel)
-    types = ["*bf16"] * min(_INPUTS[kernel], 5) + ["*fp32"] * (_INPUTS[kernel] - 5) + list(_OUTPUTS[kernel])
-    names = dict(zip(function.arg_names, types, strict=False))
+    names = dict(zip(kernel.arg_names, types, strict=False))
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
-    source = ASTSource(function, names | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    source = ASTSource(kernel, names | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     made: Any = triton.compile(source, target=GPUTarget(*ARCHITECTURES[architecture]), options=options)
     found = _of_amd(made.asm["amdgcn"]) if "amdgcn" in made.asm else _of_nvidia(made.asm["ptx"], architecture)
-    return found | {"shared": made.metadata.shared}
+    return {"kernel": name, "architecture": architecture} | found | {"shared": made.metadata.shared}
 
 
 def _of_amd(assembly: str) -> dict[str, int]:

@@ -71,12 +71,44 @@ def _loss(labels, x, w):
     return kpx.ops.linear_cross_entropy(x, w, jnp.asarray(labels))
 
 
+def norm_case(tokens: int, size: int) -> dict[str, Any]:
+    """A layer norm with the sum that carries its input on, bf16."""
+
+    def block(normalized, x, w, b):
+        return x + jnp.sin(normalized(x, w, b))
+
+    def plain(x, w, b):
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-5) * w + b).astype(
+            x.dtype
+        )
+
+    forms = {"plain": functools.partial(block, plain), "kpx": functools.partial(block, kpx.ops.layer_norm)}
+    return {"shapes": ((tokens, size), (size,), (size,)), "others": {}} | forms
+
+
+def grouped_case(rows: int, groups: int, size: int, width: int) -> dict[str, Any]:
+    """Rows by their experts' matrices, bf16, of experts that have different numbers of rows."""
+    sizes = np.random.default_rng(0).multinomial(rows, np.ones(groups) / groups).astype(np.int32)
+
+    def form(product, x, w):
+        return product(x, w, jnp.asarray(sizes))
+
+    forms = {"plain": jax.lax.ragged_dot, "kpx": kpx.ops.grouped_matmul}
+    found = {name: functools.partial(form, product) for name, product in forms.items()}
+    return {"shapes": ((rows, size), (groups, size, width)), "others": {}} | found
+
+
 def cases(small: bool) -> dict[str, dict[str, Any]]:
     """What is measured and compiled, by name."""
     lengths = (256,) if small else (4096, 16384)
     found = {f"attention, {n}": attention_case(n) for n in lengths}
     tokens, vocabulary, size = (64, 1000, 32) if small else (8192, 128256, 4096)
-    return found | {f"linear + cross-entropy, {vocabulary}": loss_case(tokens, vocabulary, size)}
+    found[f"linear + cross-entropy, {vocabulary}"] = loss_case(tokens, vocabulary, size)
+    rows, groups, size, width = (64, 4, 32, 16) if small else (8192, 16, 2048, 1024)
+    found[f"layer norm, {tokens} of {4 * width}"] = norm_case(tokens, 4 * width)
+    return found | {f"grouped matmul, {rows} rows, {groups} groups": grouped_case(rows, groups, size, width)}
 
 
 def with_gradient(function: Callable) -> Callable:
@@ -89,7 +121,7 @@ def with_gradient(function: Callable) -> Callable:
 
 
 def compiled(target: str, case: dict[str, Any], backward: bool) -> dict[str, Any]:
-    """Bytes beyond arguments and results, of the plain form and of kpx's, and the kernels that were chosen."""
+    """Bytes beyond arguments and results, and all that are moved, of the plain form and of kpx's; kernels that were chosen."""
     specs = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in case["shapes"]]
     row: dict[str, Any] = {}
     for name, level in (("plain", "conservative"), ("kpx", "balanced")):
@@ -99,7 +131,8 @@ def compiled(target: str, case: dict[str, Any], backward: bool) -> dict[str, Any
         except kpx.KpxError as error:
             row[name] = {"error": str(error).splitlines()[0]}
             continue
-        row[name] = {"temporary": made.memory.temp_bytes, "kernels": made.kernels, "fusions": made.fusions}
+        row[name] = {"temporary": made.memory.temp_bytes, "moved": made.cost.bytes}
+        row[name] |= {"products": made.cost.product_flops, "kernels": made.kernels, "fusions": made.fusions}
     return row
 
 
@@ -153,15 +186,17 @@ def show(console: Console, result: dict[str, Any]) -> None:
                 )
                 table.add_row(name, form, *cells)
         console.print(table)
-    table = Table("target", "case", "plain", "with kernels", "fused", title="memory beyond arguments and results")
+    table = Table("target", "case", "plain", "with kernels", "moved", "products", "fused")
+    table.title = "memory beyond arguments and results; what is moved, and products, with kernels over without"
     for target, rows in result["compiled"].items():
         for name, row in rows.items():
             sizes = (row[k].get("error") or f"{row[k]['temporary'] / 2**20:,.0f} MiB" for k in ("plain", "kpx"))
-            table.add_row(target, name, *sizes, ", ".join(row["kpx"].get("fusions", {})))
+            plain, ours = row["plain"], row["kpx"]
+            whole = not ("error" in plain or "error" in ours)
+            ratios = [f"{ours[k] / plain[k]:.2f}" if whole and plain[k] else "" for k in ("moved", "products")]
+            table.add_row(target, name, *sizes, *ratios, ", ".join(ours.get("fusions", {})))
     console.print(table)
-    table = Table(
-        "kernel", "architecture", "registers", "spilled", "shared memory", title="attention's kernels, by Triton"
-    )
+    table = Table("kernel", "architecture", "registers", "spilled", "shared memory", title="kernels, by Triton")
     for row in result["resources"]:
         table.add_row(row["kernel"], row["architecture"], *(str(row[k]) for k in ("registers", "spilled", "shared")))
     console.print(table)
@@ -189,7 +224,7 @@ def main() -> int:
             for t in TARGETS
             if plugins.find(kpx.Target(t).platform)
         },
-        "resources": kernel_resources.attention() if importlib.util.find_spec("triton") else [],
+        "resources": kernel_resources.every() if importlib.util.find_spec("triton") else [],
     }
     if device.platform == "gpu" or given.small:
         result["measured"] = {label(n, b): measured(c, b, given.rounds) for n, c, b in runs}

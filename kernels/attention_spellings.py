@@ -128,8 +128,9 @@ def _register(scale: str, mask: str) -> None:
             [(shape, jnp.bfloat16)] * 3,
             _supports,
             fixed_ranks=True,
+            among=("exponential",),
             differentiated=_groups(layout, scale, mask, _HANDMADE),
-            parallel=("bh..",) * 3 if layout == "heads_first" else ("b.h.",) * 3,
+            parallel=("bh..",) * 4 if layout == "heads_first" else ("b.h.",) * 4,
             **numbers,
         )
 
@@ -152,7 +153,8 @@ for _causal in (False, True):
         [((2, 8, 4, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16)],
         _supports,
         fixed_ranks=True,
-        parallel=("b.h.",) * 3,
+        among=("exponential",),
+        parallel=("b.h.",) * 4,
         scale=0.25,
     )
 
@@ -191,8 +193,9 @@ for _scale, _capped in itertools.product(("multiplied", "divided"), (False, True
         _eager_kernel(_scale),
         [*[((2, 4, 8, 16), jnp.bfloat16)] * 3, ((2, 1, 8, 8), jnp.bfloat16)],
         fixed_ranks=True,
+        among=("exponential",),
         constant=(3,),
-        parallel=("bh..",) * 4,
+        parallel=("bh..",) * 5,
         **({"scale": 0.25} if _scale == "multiplied" else {"scale": 4.0}),
         **({"softcap": 20.0} if _capped else {}),
     )
@@ -228,8 +231,9 @@ for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
         _kpxs(attention_kernel, _causal, _by_batch),
         [*_GROUPED, *_masks],
         fixed_ranks=True,
+        among=("exponential",),
         constant=(3,) if _masks else (),
-        parallel=("bh..",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()),
+        parallel=("bh..",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()) + ("bh..",),
         alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
         **_numbers,
     )

@@ -8,11 +8,14 @@ chunk's logits again. Plain JAX, in products as large as XLA wants them.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kpx.errors import InputError
+from kpx.kernels.registry import kernel
 
 _CHUNK_BYTES = 1 << 28  # of f32 logits at a time
 _LEAST_CHUNK = 1024  # columns: products stay large
@@ -39,19 +42,16 @@ def linear_cross_entropy(x, weight, labels, *, bias=None, softcap: float | None 
     _check(x, weight, labels, bias, softcap, chunk)
     vocabulary, size = weight.shape
     rows = x.reshape(-1, size)
-    if bias is None:
-        bias = jnp.zeros(vocabulary, weight.dtype)
     if chunk is None:
         chunk = _chunk(rows.shape[0], vocabulary)
-    loss = _loss(rows, weight, bias, labels.reshape(-1), min(chunk, vocabulary), softcap)
-    return loss.reshape(labels.shape)
+    loss = _loss(rows, weight, bias, labels.reshape(-1), _Cut(vocabulary, min(chunk, vocabulary), 0, softcap))
+    return jnp.where((labels >= 0) & (labels < vocabulary), loss.reshape(labels.shape), 0)
 
 
 def _chunk(rows: int, vocabulary: int) -> int:
-    """Columns at a time: what divides the vocabulary where that is near, since a last chunk that is not whole would have
-    the weights copied."""
+    """Columns at a time: what divides the vocabulary where that is near, so that none is computed twice."""
     most = max(_LEAST_CHUNK, _CHUNK_BYTES // 4 // max(1, rows) // 128 * 128)
-    return next((n for n in range(most, most // 2, -1) if vocabulary % n == 0), most)
+    return min(vocabulary, next((n for n in range(most, most // 2, -1) if vocabulary % n == 0), most))
 
 
 def _check(x, weight, labels, bias, softcap, chunk) -> None:
@@ -74,78 +74,150 @@ def _check(x, weight, labels, bias, softcap, chunk) -> None:
         raise InputError(f"linear_cross_entropy was given chunk={chunk}. It is 1 or more.")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _loss(x, weight, bias, labels, chunk: int, softcap: float | None):
-    return _forward(x, weight, bias, labels, chunk, softcap)[0]
+@dataclass(frozen=True)
+class _Cut:
+    """How the vocabulary is taken: so many columns at a time, of weights that have it first (`axis` 0) or last (1)."""
+
+    vocabulary: int
+    chunk: int
+    axis: int
+    softcap: float | None
+
+    @property
+    def begins(self):
+        """Where chunks begin. The last is moved back where it would end outside, and computes columns again (`done`)."""
+        return jnp.arange(-(-self.vocabulary // self.chunk), dtype=jnp.int32) * self.chunk
+
+    def columns(self, begin):
+        """A chunk's columns, and which were in the chunk before."""
+        columns = jnp.minimum(begin, self.vocabulary - self.chunk) + jnp.arange(self.chunk, dtype=jnp.int32)
+        return columns, columns < begin
+
+    def of(self, array, begin, axis: int):
+        """A chunk of an array that has the vocabulary along an axis."""
+        return jax.lax.dynamic_slice_in_dim(array, jnp.minimum(begin, self.vocabulary - self.chunk), self.chunk, axis)
+
+    def put(self, array, begin, part, axis: int):
+        """An array with a chunk written, less the columns that were before."""
+        if self.vocabulary % self.chunk:
+            _, done = self.columns(begin)
+            part = jnp.where(
+                jnp.expand_dims(done, tuple({0, 1} - {axis})[: array.ndim - 1]), self.of(array, begin, axis), part
+            )
+        start = jnp.minimum(begin, self.vocabulary - self.chunk)
+        return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 
-def _chunks(weight, bias, chunk: int):
-    """Weights and biases as `[chunks, chunk, ...]`, and the first column of each; the last ends in what is added."""
-    vocabulary = weight.shape[0]
-    count = -(-vocabulary // chunk)
-    if extra := count * chunk - vocabulary:
-        weight, bias = jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra))
-    return weight.reshape(count, chunk, -1), bias.reshape(count, chunk), jnp.arange(count, dtype=jnp.int32) * chunk
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss(x, weight, bias, labels, cut: _Cut):
+    """The logarithm of the sum of powers, less the label's logit where there is one."""
+    return _forward(x, weight, bias, labels, cut)[0]
 
 
-def _logits(x, weight, bias, begin, vocabulary: int, softcap):
-    """A chunk's logits, -inf beyond the vocabulary; and their derivative by those before the cap."""
+def _dot(left, right, contracted: tuple[int, int], dtype):
+    return jax.lax.dot_general(
+        left, right, (((contracted[0],), (contracted[1],)), ((), ())), preferred_element_type=dtype
+    )
+
+
+def _logits(x, weight, bias, begin, cut: _Cut):
+    """A chunk's logits, -inf where they were in the chunk before; and their derivative by those before the cap."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=wide) + bias.astype(wide)
+    logits = _dot(x, cut.of(weight, begin, cut.axis), (1, 1 - cut.axis), wide)
+    if bias is not None:
+        logits = logits + cut.of(bias, begin, 0).astype(wide)
     slope = None
-    if softcap is not None:
-        capped = jnp.tanh(logits / softcap)
-        logits, slope = capped * softcap, 1 - capped * capped
-    inside = begin + jnp.arange(weight.shape[0], dtype=jnp.int32) < vocabulary
-    return jnp.where(inside, logits, -jnp.inf), slope
+    if cut.softcap is not None:
+        capped = jnp.tanh(logits / cut.softcap)
+        logits, slope = capped * cut.softcap, 1 - capped * capped
+    if cut.vocabulary % cut.chunk:
+        logits = jnp.where(cut.columns(begin)[1], -jnp.inf, logits)
+    return logits, slope
 
 
-def _forward(x, weight, bias, labels, chunk, softcap):
+def _forward(x, weight, bias, labels, cut: _Cut):
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    rows, vocabulary = x.shape[0], weight.shape[0]
+    rows = x.shape[0]
 
-    def step(state, part):
+    def step(state, begin):
         top, total, own = state
-        weight, bias, begin = part
-        logits, _ = _logits(x, weight, bias, begin, vocabulary, softcap)
+        logits, _ = _logits(x, weight, bias, begin, cut)
         highest = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - highest) + jnp.exp(logits - highest[:, None]).sum(-1)
-        own += jnp.where(_is_label(labels, begin, chunk), logits, 0).sum(-1)
+        own += jnp.where(_is_label(labels, begin, cut), logits, 0).sum(-1)
         return (highest, total, own), None
 
     start = jnp.full(rows, -jnp.inf, wide), jnp.zeros(rows, wide), jnp.zeros(rows, wide)
-    (top, total, own), _ = jax.lax.scan(step, start, _chunks(weight, bias, chunk))
+    (top, total, own), _ = jax.lax.scan(step, start, cut.begins)
     log_total = top + jnp.log(total)
-    counted = (labels >= 0) & (labels < vocabulary)
-    return jnp.where(counted, log_total - own, 0), (x, weight, bias, labels, log_total)
+    return log_total - own, (x, weight, bias, labels, log_total)
 
 
-def _is_label(labels, begin, chunk: int):
-    return labels[:, None] == begin + jnp.arange(chunk, dtype=labels.dtype)
+def _is_label(labels, begin, cut: _Cut):
+    columns, done = cut.columns(begin)
+    return (labels[:, None] == columns.astype(labels.dtype)) & ~done
 
 
-def _backward(chunk, softcap, saved, cotangent):
+def _backward(cut: _Cut, saved, cotangent):
     x, weight, bias, labels, log_total = saved
-    vocabulary, size = weight.shape
-    cotangent = jnp.where((labels >= 0) & (labels < vocabulary), cotangent, 0)
 
-    def step(by_x, part):
-        weight, bias, begin = part
-        logits, slope = _logits(x, weight, bias, begin, vocabulary, softcap)
-        by_logits = (jnp.exp(logits - log_total[:, None]) - _is_label(labels, begin, chunk)) * cotangent[:, None]
+    def step(state, begin):
+        by_x, by_weight, by_bias = state
+        logits, slope = _logits(x, weight, bias, begin, cut)
+        by_logits = (jnp.exp(logits - log_total[:, None]) - _is_label(labels, begin, cut)) * cotangent[:, None]
         if slope is not None:
             by_logits = by_logits * slope
-        by_bias = by_logits.sum(0)
+        if by_bias is not None:
+            by_bias = cut.put(by_bias, begin, by_logits.sum(0).astype(by_bias.dtype), 0)
         by_logits = by_logits.astype(x.dtype)
-        wide = by_x.dtype
-        by_x += jax.lax.dot_general(by_logits, weight, (((1,), (0,)), ((), ())), preferred_element_type=wide)
-        by_weight = jax.lax.dot_general(by_logits, x, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-        return by_x, (by_weight.astype(weight.dtype), by_bias.astype(bias.dtype))
+        by_x += _dot(by_logits, cut.of(weight, begin, cut.axis), (1, cut.axis), by_x.dtype)
+        operands = (by_logits, x) if cut.axis == 0 else (x, by_logits)
+        part = _dot(*operands, (0, 0), by_x.dtype).astype(weight.dtype)
+        return (by_x, cut.put(by_weight, begin, part, cut.axis), by_bias), None
 
-    start = jnp.zeros(x.shape, log_total.dtype)
-    by_x, (by_weight, by_bias) = jax.lax.scan(step, start, _chunks(weight, bias, chunk))
-    by_weight, by_bias = by_weight.reshape(-1, size)[:vocabulary], by_bias.reshape(-1)[:vocabulary]
+    start = jnp.zeros(x.shape, log_total.dtype), jnp.zeros_like(weight), None if bias is None else jnp.zeros_like(bias)
+    (by_x, by_weight, by_bias), _ = jax.lax.scan(step, start, cut.begins)
     return by_x.astype(x.dtype), by_weight, by_bias, None
 
 
 _loss.defvjp(_forward, _backward)
+
+
+# In place of logits that a model writes out -----------------------------------------------------------
+
+
+@kernel("kpx.linear_cross_entropy", version=1)
+def linear_cross_entropy_kernel(x, weight, labels, *, axis, softcap=0.0):
+    """The loss of rows `[rows, size]`, as models write it: labels from the end are negative, and others give NaN."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    logits = _dot(x, weight, (1, 1 - axis), wide)
+    if softcap:
+        logits = jnp.tanh(logits / np.asarray(softcap, wide)) * np.asarray(softcap, wide)
+    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - top), -1)) + top[:, 0]
+    return log_total - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+
+
+def _large(least: int, x, weight, labels, *, axis, softcap=0.0) -> str | None:
+    if x.dtype != weight.dtype or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bf16, f16 or f32 alone, not {x.dtype} and {weight.dtype}"
+    if (taken := 4 * x.shape[0] * weight.shape[axis]) < least:
+        return f"logits of {taken >> 20} MiB stay: from {least >> 20} MiB on they are better computed twice than kept"
+    return None
+
+
+def chunked(x, weight, labels, *, axis, softcap=0.0):
+    """Logits in chunks, and again for the gradient; never all."""
+    vocabulary = weight.shape[axis]
+    labels = jnp.where(labels < 0, labels + vocabulary, labels)
+    cut = _Cut(vocabulary, _chunk(x.shape[0], vocabulary), int(axis), float(softcap) or None)
+    loss = _loss(x, weight, None, labels, cut)
+    return loss + jnp.where(
+        (labels >= 0) & (labels < vocabulary), 0, jnp.nan
+    )  # whose gradient is of the rest of the sum
+
+
+# GPUs write and read f32 logits in more time than it takes to compute them twice; TPUs the other way round (by kpx's model
+# of a compiled step), so that there memory alone is the reason.
+for _platform, _least in (("cuda", 1 << 28), ("rocm", 1 << 28), ("tpu", 1 << 31)):
+    linear_cross_entropy_kernel.on(_platform, supports=functools.partial(_large, _least))(chunked)

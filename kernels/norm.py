@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels.patterns import builtin
 from kpx.kernels.registry import kernel
 
 
@@ -73,39 +72,22 @@ def rms_norm(x, weight=None, *, axes: int = 1, eps: float = 1e-6):
     return _rms_norm(x, *([] if weight is None else [weight]), axes=axes, eps=float(eps))
 
 
-# What the norms are recognised by ------------------------------------------------------------------
-
-_X = ((4, 6, 32), jnp.bfloat16)
-_W = ((32,), jnp.bfloat16)
+# In training steps: what patterns put in place of either norm, where they find it with its gradient ---------
 
 
-def _root_mean_square(x, eps, exponent: bool):
-    wide = x.astype(_statistics_dtype(x.dtype))
-    mean_square = jnp.mean(jnp.square(wide), -1, keepdims=True)
-    if exponent:
-        return wide / jnp.sqrt(mean_square + eps)
-    return wide * jax.lax.rsqrt(mean_square + eps)
+def _normalized(x, parameters, eps, centred: bool, affine: str):
+    if centred:
+        return _layer_norm.decomposition(x, *parameters, axes=1, eps=eps, affine=affine)
+    return _rms_norm.decomposition(x, *parameters, axes=1, eps=eps)
 
 
-def _rms_rounded_before_weight(exponent: bool):
-    return lambda x, w, *, eps: _root_mean_square(x, eps, exponent).astype(x.dtype) * w
+@kernel("kpx.norm", version=1)
+def norm_kernel(x, *parameters, eps, centred, affine):
+    """Either norm of the last dimension; `affine` names the parameters, as for `kpx.layer_norm`."""
+    return _normalized(x, parameters, eps, centred, affine)
 
 
-def _rms_rounded_after_weight(exponent: bool):
-    def search(x, w, *, eps):
-        return (_root_mean_square(x, eps, exponent) * w.astype(_statistics_dtype(x.dtype))).astype(x.dtype)
-
-    return search
-
-
-builtin(
-    "rms_norm",
-    [
-        spelling(exponent)
-        for spelling in (_rms_rounded_before_weight, _rms_rounded_after_weight)
-        for exponent in (False, True)
-    ],
-    lambda x, w, *, eps: rms_norm(x, w, eps=eps),
-    [_X, _W],
-    eps=1e-6,
-)
+@kernel("kpx.norm_carried", version=1)
+def carried_kernel(x, *parameters, eps, centred, affine):
+    """The norm, and `x` as it is, for what goes around the norm (a residual): its gradient is added by the kernel."""
+    return _normalized(x, parameters, eps, centred, affine), x

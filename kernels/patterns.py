@@ -35,15 +35,23 @@ class Pattern:
         numbers: keywords that are constants in a module, with an example of each.
         supports: `(*structs, **numbers)` gives the reason why a case is left alone, or None.
         fixed_ranks: whether arrays have the ranks that they have in the example.
+        stacked: the places of arrays that may have a first dimension of size 1 more, as a slice of a stack has.
         constant: the places of arrays that no gradient is looked for by (masks).
         checked: whether it need not be compared with what it replaces before it is first used.
         differentiated: further spellings, which only their gradients tell apart from those of `searches`.
-        parallel: for each array a letter a dimension, the result's being the first array's; along dimensions of one letter
-            other than "." results are independent, and devices may each compute a part. Empty where none is.
+        parallel: for each array, and for the result, a letter a dimension; along dimensions of one letter results are
+            independent, and devices may each compute a part. Not along those of "."; and of arrays with "*" each device
+            needs the whole. Empty where nothing is independent.
         alike: what patterns have in common whose searches differ, group for group, in what is left out of skeletons alone
             (conversions, broadcasts, reshapes, transposes): they are looked for together. Empty for none.
+        carries: the replacement that gives the first array too, as it is: for a module that uses that beside the result (a
+            residual), whose further gradient the kernel then adds.
+        among: operations, one of which every spelling has (`exponential`): modules without are not searched. Empty for any.
+        platforms: where it is looked for; empty for wherever its kernels are.
+        with_gradient_alone: whether it is looked for with its gradient alone, since forward a compiler does as well.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
-            and the gradients by every array that is not constant.
+            and the gradients by every array that is not constant. The cotangent may be a scalar, alike everywhere. With
+            `carried`, after it comes what is added to the gradient by the first array.
     """
 
     name: str
@@ -59,6 +67,12 @@ class Pattern:
     constant: tuple[int, ...] = ()
     alike: str = ""
     parallel: tuple[str, ...] = ()
+    carries: Callable | None = None
+    with_gradient_alone: bool = False
+    carried: bool = False
+    stacked: tuple[int, ...] = ()
+    among: tuple[str, ...] = ()
+    platforms: tuple[str, ...] = ()
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
@@ -82,6 +96,14 @@ def register(pattern: Pattern) -> Pattern:
     """
     if pattern.name in _PATTERNS:
         raise InputError(f"A pattern named `{pattern.name}` is registered already. Choose another name.")
+    if not pattern.checked:  # kpx's own are, and there are many
+        check_types(pattern)
+    _PATTERNS[pattern.name] = pattern
+    return pattern
+
+
+def check_types(pattern: Pattern) -> None:
+    """Raises InputError where a search cannot be traced at the example, or gives other types than the replacement."""
     for search in pattern.spellings():
         wanted, found = (_results(f, pattern) for f in (search, pattern.replace))
         if wanted != found:
@@ -89,8 +111,6 @@ def register(pattern: Pattern) -> Pattern:
                 f"The pattern `{pattern.name}` gives {_types(wanted)}, and its replacement {_types(found)}: they must have "
                 "the same structure, shapes and dtypes."
             )
-    _PATTERNS[pattern.name] = pattern
-    return pattern
 
 
 def unregister(name: str) -> None:
@@ -113,35 +133,52 @@ def _load_packages() -> None:
         entry.load()()
 
 
+def with_gradient(pattern: Pattern) -> list[Pattern]:
+    """A pattern's forward and backward pass as one pattern, and where the first array is carried on, as another; none where
+    it has several results, or gradients by integers."""
+    kinds = [""]
+    if pattern.carries is not None:  # sums of gradients are ordered otherwise where no conversion is between
+        kinds += ["carried", "carried in f32"]
+    return [p for kind in kinds if (p := _with_gradient(pattern, kind)) is not None]
+
+
 @functools.cache
-def with_gradient(pattern: Pattern) -> Pattern | None:
-    """A pattern's forward and backward pass as one pattern; None where it has several results, or gradients by integers."""
+def _with_gradient(pattern: Pattern, kind: str) -> Pattern | None:
     results = _results(pattern.replace, pattern)
     variable = [s for place, s in enumerate(pattern.example) if place not in pattern.constant]
     if len(results) != 1 or not all(jnp.issubdtype(s.dtype, jnp.floating) for s in variable):
         return None
     ((shape, dtype),) = results
+    differentiated = functools.partial(_differentiated, constant=pattern.constant, carried=bool(kind))
+    example = [*pattern.example, jax.ShapeDtypeStruct(shape, dtype), *([pattern.example[0]] if kind else [])]
+    if kind.endswith("f32"):
+        example = [jax.ShapeDtypeStruct(s.shape, jnp.float32) for s in example]
+    ending = f"{kind.replace(' ', '_')}{'.' if kind else ''}gradient"
     return Pattern(
-        name=f"{pattern.name}.gradient",
-        searches=tuple(
-            tuple(_differentiated(search, pattern.constant) for search in group)
-            for group in (*pattern.searches, *pattern.differentiated)
-        ),
-        replace=_differentiated(pattern.replace, pattern.constant),
-        example=(*pattern.example, jax.ShapeDtypeStruct(shape, dtype)),
+        name=f"{pattern.name}.{ending}",
+        searches=tuple(tuple(map(differentiated, group)) for group in (*pattern.searches, *pattern.differentiated)),
+        replace=differentiated(pattern.replace),
+        example=tuple(example),
         numbers=pattern.numbers,
-        supports=None if pattern.supports is None else functools.partial(_supports_all_but_last, pattern.supports),
+        supports=None if pattern.supports is None else functools.partial(_supports_arrays, pattern),
         fixed_ranks=pattern.fixed_ranks,
         checked=pattern.checked,
         gradient_of=pattern,
+        carried=bool(kind),
+        alike=pattern.alike and f"{pattern.alike}.{ending}",
+        stacked=pattern.stacked,
     )
 
 
-def _differentiated(function: Callable, constant: tuple[int, ...]) -> Callable:
-    def both(*arrays, **numbers):
-        variable, whole = hold(functools.partial(function, **numbers), constant, arrays[:-1])
+def _differentiated(function: Callable, constant: tuple[int, ...], carried: bool) -> Callable:
+    def both(*given, **numbers):
+        *arrays, cotangent = given[:-1] if carried else given
+        variable, whole = hold(functools.partial(function, **numbers), constant, arrays)
+        if carried:
+            (out, _), pull = jax.vjp(lambda *a: (whole(*a), a[0]), *variable)
+            return out, *pull((jnp.broadcast_to(cotangent, out.shape), given[-1]))
         out, pull = jax.vjp(whole, *variable)
-        return out, *pull(arrays[-1])
+        return out, *pull(jnp.broadcast_to(cotangent, out.shape))
 
     return both
 
@@ -156,8 +193,9 @@ def hold(function: Callable, constant: tuple[int, ...], arrays: Sequence[Any]) -
     return [a for place, a in enumerate(arrays) if place not in constant], of_variable
 
 
-def _supports_all_but_last(supports: Callable, *structs, **numbers) -> str | None:
-    return supports(*structs[:-1], **numbers)
+def _supports_arrays(pattern: Pattern, *structs, **numbers) -> str | None:
+    assert pattern.supports is not None  # it is called where there is one
+    return pattern.supports(*structs[: len(pattern.example)], **numbers)
 
 
 def find(composite: str) -> Pattern | None:
@@ -177,6 +215,11 @@ def builtin(
     constant: tuple[int, ...] = (),
     alike: str = "",
     parallel: tuple[str, ...] = (),
+    carries: Callable | None = None,
+    with_gradient_alone: bool = False,
+    stacked: tuple[int, ...] = (),
+    among: tuple[str, ...] = (),
+    platforms: tuple[str, ...] = (),
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
@@ -197,6 +240,11 @@ def builtin(
             constant,
             alike,
             parallel,
+            carries,
+            with_gradient_alone,
+            stacked=stacked,
+            among=among,
+            platforms=platforms,
         )
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching
 from jax.interpreters import mlir as jax_mlir
@@ -47,18 +48,22 @@ class Kernel:
         version: the composite's version; it changes when the meaning of an attribute does.
         decomposition: the reference in plain JAX. Arrays are positional, attributes are keywords.
         implementations: in order of preference.
+        transpose: where the op is linear in each of its first two arrays, the other's product with a cotangent
+            (see `bilinear`).
     """
 
     name: str
     version: int
     decomposition: Callable
     implementations: list[Implementation] = field(default_factory=list)
+    transpose: Callable | None = None
 
     def __call__(self, *arrays, **attributes):
         """Emits the composite. Attributes are Python numbers, bools or strings.
 
         Differentiated or batched, it becomes its decomposition: derivatives of every order, forward and
-        reverse, and any batching are those of plain JAX.
+        reverse, and any batching are those of plain JAX. Derivatives of a `bilinear` one are kernels again, and a
+        batch of them is computed one by one.
         """
         if (target := _TARGET.get()) is not None:
             structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
@@ -80,6 +85,15 @@ class Kernel:
             return function
 
         return register
+
+    def bilinear(self, transpose: Callable) -> Callable:
+        """Says that the op is linear in each of its first two arrays; its derivatives, of any order, are kernels.
+
+        Args:
+            transpose: `(cotangent, x, y, *rest, **attributes)`, of which `x` or `y` is None, gives the cotangent by that.
+        """
+        self.transpose = transpose
+        return transpose
 
     def choose(
         self, target: str, avals: Sequence[jax.ShapeDtypeStruct], attributes: dict[str, Any]
@@ -136,15 +150,46 @@ def _emit(*arrays, kernel, attributes):
 
 
 def _differentiate(primals, tangents, *, kernel, attributes):
+    if _KERNELS[kernel].transpose is not None:
+        bind = functools.partial(_composite.bind, kernel=kernel, attributes=attributes)
+        parts = [
+            bind(*(tangent if place == i else array for i, array in enumerate(primals)))
+            for place, tangent in enumerate(tangents[:2])
+            if type(tangent) is not ad.Zero
+        ]
+        out = bind(*primals)
+        return out, sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(out)
     return jax.jvp(_plain(kernel, attributes), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
+def _transpose(cotangent, *arrays, kernel, attributes):
+    place = next(i for i, a in enumerate(arrays) if ad.is_undefined_primal(a))
+    if type(cotangent) is ad.Zero:
+        found = ad.Zero(arrays[place].aval)
+    else:
+        given = (None if i == place else a for i, a in enumerate(arrays))
+        transpose = _KERNELS[kernel].transpose
+        assert transpose is not None  # nothing else is linear
+        found = transpose(cotangent, *given, **dict(attributes))
+    return [found if i == place else None for i in range(len(arrays))]
+
+
 def _batch(arrays, dims, *, kernel, attributes):
+    if _KERNELS[kernel].transpose is not None:  # one after another: each is a kernel
+        batched = [jnp.moveaxis(a, d, 0) for a, d in zip(arrays, dims, strict=True) if d is not None]
+
+        def one(given):
+            rest = iter(given)
+            each = (a if d is None else next(rest) for a, d in zip(arrays, dims, strict=True))
+            return _composite.bind(*each, kernel=kernel, attributes=attributes)
+
+        return jax.lax.map(one, batched), 0
     return jax.vmap(_plain(kernel, attributes), dims)(*arrays), 0
 
 
 jax_mlir.register_lowering(_composite, jax_mlir.lower_fun(_emit, multiple_results=False))
 ad.primitive_jvps[_composite] = _differentiate
+ad.primitive_transposes[_composite] = _transpose
 batching.primitive_batchers[_composite] = _batch
 
 

@@ -6,7 +6,8 @@ has takes their place, forward and backward; anywhere else they are plain JAX. `
 
 from kpx.kernels.activation import gelu
 from kpx.kernels.attention import attention
+from kpx.kernels.grouped_matmul import grouped_matmul
 from kpx.kernels.linear_cross_entropy import linear_cross_entropy
 from kpx.kernels.norm import layer_norm, rms_norm
 
-__all__ = ["attention", "gelu", "layer_norm", "linear_cross_entropy", "rms_norm"]
+__all__ = ["attention", "gelu", "grouped_matmul", "layer_norm", "linear_cross_entropy", "rms_norm"]

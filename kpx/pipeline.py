@@ -12,13 +12,14 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
-from kpx.kernels import activation, attention_gpu, attention_spellings, attention_tpu, norm  # noqa: F401  (their patterns are registered)
+from kpx.kernels import own  # noqa: F401  (its patterns are registered)
 from kpx.passes import (
     canonicalize,
     composites,
     convolution,
     epilogue,
     fusion,
+    grouped,
     known_masks,
     layout,
     library,
@@ -104,6 +105,8 @@ def know_masks(module: ir.Module, context: Context) -> None:
 
 def fuse(module: ir.Module, context: Context) -> None:
     """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
+    if _kernels_for(module, context) is not None:
+        grouped.raise_products(module)
     if (device := _kernels_for(module, context, spread=True)) is not None:
         disabled = frozenset(context.config.disable)
         context.fusions = dict(fusion.fuse(module, device, context.fuel, context.report, disabled))
@@ -133,7 +136,7 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
     elif context.device.platform == "cpu":
         rewriting(canonicalize.RULES)(module, context)
     else:
-        rewriting([*canonicalize.FOR_FUSION, precision.rounded_product_yields_bf16])(module, context)
+        rewriting([*canonicalize.FOR_FUSION, *precision.OFF_CPU])(module, context)
 
 
 def stages(context: Context) -> list[Stage]:

@@ -1,5 +1,8 @@
 """Patterns of one's own: where they are found, what they leave alone, and what becomes of wrong ones."""
 
+import gzip
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 import kpx
 from kpx.kernels import patterns
 from kpx.kernels import registry as kernels
-from kpx.passes import fusion
+from kpx.passes import fusion, skeletons
 
 X, W = jax.ShapeDtypeStruct((4, 6, 32), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32)
 
@@ -225,6 +228,11 @@ def test_kpxs_own_pattern_is_what_replaces_it(pattern):
     assert verdict.cases >= 2
 
 
+def test_kpxs_own_patterns_give_what_their_replacements_give():
+    for pattern in patterns.patterns():
+        patterns.check_types(pattern)
+
+
 def test_every_kernel_of_a_pattern_is_registered():
     for pattern in patterns.patterns():
         jaxpr = jax.make_jaxpr(lambda *a, p=pattern: p.replace(*a, **p.numbers))(*pattern.example)
@@ -232,13 +240,36 @@ def test_every_kernel_of_a_pattern_is_registered():
             assert kernels.find(kernel.name) is kernel
 
 
+def test_skeletons_that_were_traced_beforehand_are_those_of_these_sources():
+    written = json.loads(gzip.decompress(skeletons.FILE.read_bytes()))["written from"]
+    if not written.startswith(f"jax {jax.__version__},"):
+        pytest.skip("they are of another JAX")
+    assert written == skeletons.written_from(), "run `make skeletons`"
+
+
+def test_a_skeleton_traced_beforehand_is_the_one_traced_now():
+    for name in (
+        "attention.causal.multiplied.heads_first",
+        "layer_norm.wb.3",
+        "linear_cross_entropy.logsumexp.0.tokens",
+    ):
+        (pattern,) = (p for p in patterns.patterns() if p.name == name)
+        for each in (pattern, *patterns.with_gradient(pattern)):
+            for group in (0, len(each.searches) - 1):
+                known = skeletons.known(each, group)
+                assert known is not None
+                assert known.bones() == fusion.traced_skeleton(each, group, on_cpu=False).bones()
+        assert skeletons.kernels(pattern) == fusion.kernels_of(pattern)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_patterns_that_are_called_alike_have_one_skeleton(on_cpu):
     alike: dict[str, set[tuple[str, ...]]] = {}
-    for pattern in patterns.patterns():
+    every = [p for pattern in patterns.patterns() for p in (pattern, *patterns.with_gradient(pattern))]
+    for pattern in every:
         if pattern.alike:
-            graphs = [fusion._traced_skeleton(pattern, group, on_cpu) for group in range(len(pattern.searches))]
+            graphs = [fusion.traced_skeleton(pattern, group, on_cpu) for group in range(len(pattern.searches))]
             alike.setdefault(pattern.alike, set()).add(tuple(graph.bones() for graph in graphs))
-    assert len(alike) == 8
-    assert all(len(bones) == 1 for bones in alike.values())
+    assert len([name for name in alike if not name.endswith("gradient")]) == 27
+    assert [name for name, bones in alike.items() if len(bones) > 1] == []

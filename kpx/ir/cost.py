@@ -48,14 +48,16 @@ def cost(module: ir.Module) -> Cost:
     return Cost(flops, moved)
 
 
+_PRODUCTS = (stablehlo.DotGeneralOp, stablehlo.ConvolutionOp)
+_RAGGED = "chlo.ragged_dot"
+
 REPLACED_FLOPS = "kpx_product_flops"
 """A frontend attribute of a kernel's call, which compilers keep: the operations of the products that it replaced."""
 
 
 def product_flops(ops: Iterable[Any]) -> float:
     """The operations of matrix products and convolutions among ops."""
-    products = (stablehlo.DotGeneralOp, stablehlo.ConvolutionOp)
-    return sum((_flops(op, "") for op in ops if isinstance(op, products)), 0.0)
+    return sum((_flops(op, "") for op in ops if isinstance(op, _PRODUCTS) or op.operation.name == _RAGGED), 0.0)
 
 
 def tell_flops(modules: Sequence[ir.Module], flops: float) -> None:
@@ -100,6 +102,9 @@ def _op(op: Any, functions: dict[str, Any]) -> tuple[float, float]:
 
 
 def _flops(op: Any, kind: str) -> float:
+    if op.operation.name == _RAGGED:  # each row once, with one group's matrix
+        x, other = (m.shape(v) for v in op.operands[:2])
+        return 2.0 * math.prod(x) * (other[-1] if len(other) == 2 else other[1] * other[2] // x[1])
     if isinstance(op, stablehlo.DotGeneralOp):
         contracted = stablehlo.DotDimensionNumbers(op.dot_dimension_numbers).lhs_contracting_dimensions
         length = 1

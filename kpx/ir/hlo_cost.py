@@ -212,7 +212,10 @@ def _operand(i: Instruction, within: Computation, n: int) -> Array | None:
 
 def _element(i: Instruction, within: Computation) -> str:
     """The narrower of a product's operand types; `f32:highest` and the like where its precision is asked for."""
-    arrays = [a for a in (_operand(i, within, 0), _operand(i, within, 1)) if a]
+    operands = [a for n in range(len(i.operands)) if (a := _operand(i, within, n))]
+    arrays = [a for a in operands if a.element not in ("s32", "u32", "pred")][
+        :2
+    ] or operands  # those are a kernel's counts
     element = min(arrays, key=lambda a: a.bytes / max(a.size, 1)).element
     precision = i.attribute("operand_precision").partition(",")[0] or _config_precision(i)
     return f"{element}:{precision.lower()}" if element == "f32" and precision else element
@@ -233,6 +236,11 @@ def _product_flops(i: Instruction, within: Computation) -> float:
     target = i.attribute("custom_call_target").strip('"') if i.opcode == "custom-call" else ""
     if i.opcode == "dot":
         return 2.0 * i.results[0].size * math.prod(lhs.shape[d] for d in i.numbers("lhs_contracting_dims"))
+    if target == "__cublas$lt$groupedMatmul":  # each row with one group's matrix, or the sums of each group's rows
+        return 2.0 * lhs.size * (rhs if len(i.results[0].shape) == 3 else i.results[0]).shape[-1]
+    if target == "tpu_custom_call" and i.name.startswith("ragged-dot-none"):  # XLA's own kernel; its operands come last
+        rows = _operand(i, within, len(i.operands) - 2)
+        return 2.0 * rows.size * i.results[0].shape[-1] if rows else 0.0
     if target.startswith(("__cublas$", "__triton_gemm")):
         dims = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', i.attributes)
         return 2.0 * i.results[0].size * math.prod(lhs.shape[int(d)] for d in json.loads(dims[1])) if dims else 0.0

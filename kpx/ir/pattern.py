@@ -110,6 +110,28 @@ class Graph:
         return "; ".join([*map(str, [visit(o) for o in self.outputs]), *lines])
 
 
+def stripped(graph: Graph) -> Graph:
+    """A graph less what a skeleton leaves out or does not read: with the same bones, and no types."""
+    inputs = tuple(range(len(graph.inputs)))
+    numbers = dict(zip(graph.inputs, inputs, strict=True))
+    nodes: list[Node] = []
+
+    def visit(value: int) -> int:
+        value = graph.bare(value)
+        if value not in numbers:
+            node = graph.producers[value]
+            closed = graph.is_closed(value)
+            name, operands = ("stablehlo.constant", ()) if closed else (node.name, tuple(map(visit, node.operands)))
+            first = len(inputs) + sum(len(n.results) for n in nodes)
+            results = range(first, first + (1 if closed else len(node.results)))
+            nodes.append(Node(name, "", operands, tuple(results)))
+            numbers.update({value: first} if closed else dict(zip(node.results, results, strict=True)))
+        return numbers[value]
+
+    outputs = tuple(map(visit, graph.outputs))
+    return Graph(inputs, outputs, tuple(nodes), ())
+
+
 def graph_of(function: Any) -> Graph:
     """A function of MLIR's as a graph."""
     block = m.entry_block(function)

@@ -20,7 +20,7 @@ from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
-from kpx.passes import canonicalize, pairs, precision
+from kpx.passes import canonicalize, pairs, precision, skeletons
 from kpx.passes.composites import Device, replacement
 from kpx.passes.shardings import Shardings
 from kpx.passes.spread import Spread, spread_of
@@ -129,24 +129,44 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
 
 def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:
     """Where patterns are, and where they are with their gradients, which are looked for where a skeleton was found."""
-    matcher = Matcher()
-    candidates = [p for p in registry.patterns() if p.name not in disabled and _is_of_use(p, platform)]
-    recognised: dict[Pattern, None] = {}
-    yield from _search(module, matcher, candidates, platform, recognised)
-    if _is_differentiated(module):
-        pairs = [pair for p in recognised if (pair := registry.with_gradient(p)) is not None]
+    matcher, differentiated = Matcher(), _is_differentiated(module)
+    there = {op.operation.name.removeprefix("stablehlo.") for op in m.walk(m.main(module))}
+    wanted = [
+        p
+        for p in registry.patterns()
+        if p.name not in disabled
+        and (differentiated or not p.with_gradient_alone)
+        and (not p.among or not there.isdisjoint(p.among))
+    ]
+    recognised: dict[tuple[Pattern, int], None] = {}
+    candidates = [(p, group) for p in wanted if _is_of_use(p, platform) for group in range(len(p.searches))]
+    for match in _search(module, matcher, candidates, platform, recognised):
+        if not match.pattern.with_gradient_alone:
+            yield match
+    if differentiated:
+        pairs = [
+            (pair, group)
+            for p in dict.fromkeys(p for p, _ in recognised)
+            for pair in registry.with_gradient(p)
+            for group in range(len(pair.searches))
+            if (p, group) in recognised or group >= len(p.searches)
+        ]
         yield from _search(module, matcher, pairs, platform, {})
 
 
 def _search(
-    module: ir.Module, matcher: Matcher, candidates: Sequence[Pattern], platform: str, recognised: dict[Pattern, None]
+    module: ir.Module,
+    matcher: Matcher,
+    candidates: Sequence[tuple[Pattern, int]],
+    platform: str,
+    recognised: dict[tuple[Pattern, int], None],
 ) -> Iterator[Match]:
-    """Where patterns are; those whose skeleton is there, if not the pattern, join those that are recognised."""
+    """Where patterns are, by groups of their spellings; groups whose skeleton is there, if not the pattern, join those that
+    are recognised."""
     by_anchor: dict[str, dict[str, tuple[frozenset[str], list[tuple[Pattern, int]]]]] = collections.defaultdict(dict)
-    for pattern in candidates:
-        for group in range(len(pattern.searches)):
-            skeleton = _skeleton(pattern, group, platform == "cpu")
-            by_anchor[skeleton.anchor].setdefault(skeleton.bones(), (skeleton.below, []))[1].append((pattern, group))
+    for pattern, group in candidates:
+        skeleton = _skeleton(pattern, group, platform == "cpu")
+        by_anchor[skeleton.anchor].setdefault(skeleton.bones(), (skeleton.below, []))[1].append((pattern, group))
     for op in m.walk(m.main(module)):
         if (anchored := by_anchor.get(op.operation.name)) is None:
             continue
@@ -161,13 +181,13 @@ def _match(
     alike: Sequence[tuple[Pattern, int]],
     op: Any,
     platform: str,
-    recognised: dict[Pattern, None],
+    recognised: dict[tuple[Pattern, int], None],
 ) -> Match | None:
     """The first of patterns with one skeleton that is there, its first output made by an op."""
     skeleton = _skeleton(*alike[0], platform == "cpu")
     count = len(alike[0][0].example)
     for found in matcher.skeletons(skeleton, skeleton.inputs[count:], op):
-        recognised |= dict.fromkeys(pattern for pattern, _ in alike)
+        recognised |= dict.fromkeys(alike)
         constants = [found.numbers[number] for number in skeleton.inputs[count:]]
         for chosen in found.bindings(_ranks(skeleton.inputs, [pattern for pattern, _ in alike])):
             inputs = tuple(chosen[a] for a in skeleton.inputs[:count])
@@ -176,7 +196,7 @@ def _match(
                 for graph in _graphs(pattern, group, inputs, numbers, platform):
                     for outputs in found.results([graph.types[o] for o in graph.outputs]):
                         ops = matcher.exactly(graph, inputs, outputs)
-                        if ops is not None and _is_closed(ops, outputs):
+                        if ops is not None and _is_closed(ops, outputs) and _is_in_order(pattern, inputs, outputs):
                             return Match(pattern, inputs, outputs, tuple(ops), numbers, _gain(ops, outputs))
     return None
 
@@ -185,7 +205,7 @@ def _graphs(
     pattern: Pattern, group: int, inputs: Sequence[Value], numbers: dict[str, float], platform: str
 ) -> Iterator[Graph]:
     """The spellings of a group at the types of a module's values, each graph once."""
-    if pattern.fixed_ranks and [m.rank(v) for v in inputs] != [len(s.shape) for s in pattern.example]:
+    if pattern.fixed_ranks and not all(m.rank(v) in _may_have(pattern, place) for place, v in enumerate(inputs)):
         return
     structs = tuple((m.shape(v), m.dtype(v)) for v in inputs)
     wide = any(m.element_type(v).endswith("64") for v in inputs)
@@ -202,9 +222,17 @@ def _ranks(inputs: Sequence[int], alike: Sequence[Pattern]) -> dict[int, set[int
     if not all(pattern.fixed_ranks for pattern in alike):
         return {}
     return {
-        number: {len(p.example[place].shape) for p in alike}
+        number: set().union(*(_may_have(p, place) for p in alike))
         for place, number in enumerate(inputs[: len(alike[0].example)])
     }
+
+
+def _may_have(pattern: Pattern, place: int) -> set[int]:
+    """The ranks that an input of a pattern of fixed ranks may have: a cotangent may be alike everywhere, and a slice of a
+    stack have a dimension more."""
+    is_cotangent = pattern.gradient_of is not None and place == len(pattern.gradient_of.example)
+    rank = len(pattern.example[place].shape)
+    return {rank, *([0] if is_cotangent else []), *([rank + 1] if place in pattern.stacked else [])}
 
 
 def _gain(ops: Sequence[Any], outputs: Sequence[Value]) -> int:
@@ -224,6 +252,15 @@ def _is_closed(ops: Sequence[Any], outputs: Sequence[Value]) -> bool:
                 if not len(user.results) or user.results[0] not in inside:
                     return False
     return True
+
+
+def _is_in_order(pattern: Pattern, inputs: Sequence[Value], outputs: Sequence[Value]) -> bool:
+    """Whether what is added to a gradient is there before the first of the gradients, where all will be computed."""
+    further = m.producer(inputs[-1]) if pattern.carried else None
+    if further is None:
+        return True
+    gradients = [m.producer(v) for v in outputs[1:]]
+    return all(further.operation.is_before_in_block(op.operation) for op in gradients)
 
 
 def _is_free(op: Any) -> bool:
@@ -254,20 +291,28 @@ def _composite(module: ir.Module, match: Match, inputs: Sequence[Value]) -> list
 
 
 def _is_differentiated(module: ir.Module) -> bool:
-    """Whether a product of a module is one that JAX made when it differentiated."""
-    return any(
-        "transpose(" in m.source_path(op) for op in m.walk(m.main(module)) if isinstance(op, stablehlo.DotGeneralOp)
-    )
+    """Whether a product or a sum of a module is one that JAX made when it differentiated."""
+    kinds = (stablehlo.DotGeneralOp, stablehlo.ReduceOp)
+    return any("transpose(" in m.source_path(op) for op in m.walk(m.main(module)) if isinstance(op, kinds))
 
 
 @functools.lru_cache(maxsize=1024)
 def _is_of_use(pattern: Pattern, platform: str) -> bool:
     """Whether every kernel that a pattern's replacement calls has an implementation for a platform."""
+    if pattern.platforms and platform not in pattern.platforms:
+        return False
     anything = any(i.target == platform for kernel in kernels.kernels() for i in kernel.implementations)
     if pattern.checked and not anything:
         return False  # kpx's own call kernels: told without tracing them
+    names = skeletons.kernels(pattern)
+    called = [kernels.find(name) for name in (kernels_of(pattern) if names is None else names)]
+    return all(any(i.target == platform for i in kernel.implementations) for kernel in called if kernel is not None)
+
+
+def kernels_of(pattern: Pattern) -> list[str]:
+    """The names of the kernels that a pattern's replacement calls."""
     jaxpr = jax.make_jaxpr(functools.partial(pattern.replace, **pattern.numbers))(*pattern.example)
-    return all(any(i.target == platform for i in kernel.implementations) for kernel, _, _ in kernels.calls(jaxpr.jaxpr))
+    return list(dict.fromkeys(kernel.name for kernel, _, _ in kernels.calls(jaxpr.jaxpr)))
 
 
 # Patterns as graphs -------------------------------------------------------------------------------
@@ -277,14 +322,16 @@ def _skeleton(pattern: Pattern, group: int, on_cpu: bool) -> Graph:
     """What the spellings of a group have in common, at the example; constants are inputs, after the arrays."""
     key = (pattern.alike or pattern, group, on_cpu)
     if key not in _SKELETONS:
-        _SKELETONS[key] = _traced_skeleton(pattern, group, on_cpu)
+        known = None if on_cpu else skeletons.known(pattern, group)
+        _SKELETONS[key] = known or traced_skeleton(pattern, group, on_cpu)
     return _SKELETONS[key]
 
 
 _SKELETONS: dict[tuple, Graph] = {}  # of few patterns, which live as long as the process
 
 
-def _traced_skeleton(pattern: Pattern, group: int, on_cpu: bool) -> Graph:
+def traced_skeleton(pattern: Pattern, group: int, on_cpu: bool) -> Graph:
+    """A group's skeleton, traced now."""
     search, names = pattern.searches[group][0], list(pattern.numbers)
     count = len(pattern.example)
 
@@ -320,7 +367,7 @@ def _graph(function: Any, structs: Sequence[jax.ShapeDtypeStruct], platform: str
     lowered = traced.lower(lowering_platforms=(platform,))  # some lower products of two dtypes as such, some do not
     module = lowered.compiler_ir("stablehlo")
     m.inline_calls(module)
-    off_cpu = [*canonicalize.FOR_FUSION, precision.rounded_product_yields_bf16]
+    off_cpu = [*canonicalize.FOR_FUSION, *precision.OFF_CPU]
     rules = canonicalize.RULES if platform == "cpu" else off_cpu
     apply_rewrites(module, rules, Fuel(None), Report())
     m.run_passes(module, "cse,symbol-dce")

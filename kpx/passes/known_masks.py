@@ -26,7 +26,8 @@ _OPEN = ("rng", "custom_call", "composite", "while", "case", "if", "all_", "coll
 
 def simplify(module: ir.Module) -> int:
     """Rewrites the masks of a module's `main` that no input decides, in place; gives how many."""
-    found = list(_masks(module))
+    m.run_passes(module, "cse")  # layers have the same mask
+    found = list(dict.fromkeys(map(_before_broadcast, _masks(module))))
     replaced = 0
     for value, seen in zip(found, _evaluate(module, found), strict=True):
         with module.context, ir.Location.unknown(), ir.InsertionPoint.after(m.producer(value).operation):
@@ -61,6 +62,18 @@ def _masks(module: ir.Module) -> Iterator[Value]:
                 continue
             if any(not len(u.results) or u.results[0] not in closed for u in m.users(value)):
                 yield value
+
+
+def _before_broadcast(value: Value) -> Value:
+    """A mask before it is repeated for batches and heads."""
+    while (op := m.producer(value, stablehlo.BroadcastInDimOp)) is not None:
+        last = [m.rank(value) - 2, m.rank(value) - 1]
+        if not _is_mask(op.operand) or m.integers(op.broadcast_dimensions)[-2:] != last:
+            break
+        if m.shape(op.operand)[-2:] != m.shape(value)[-2:]:
+            break
+        value = op.operand
+    return value
 
 
 def _is_mask(value: Value) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kpx.ir import cost
 from kpx.ir import module as m
@@ -32,7 +33,8 @@ def splice(
 
     Args:
         pattern: what the result is of (not its pattern with gradients).
-        inputs: the arrays, and the result's cotangent where gradients are wanted.
+        inputs: the arrays, the result's cotangent where gradients are wanted, and after it what is to be added to the
+            first array's.
         outputs: the result, and the gradients by each array that is not constant.
         flops: of the products that are replaced.
         spread: how the arrays are split over devices.
@@ -47,16 +49,18 @@ def splice(
     if len(donors) == 1:
         return made[:1]
     first = _first([m.producer(v) for v in outputs[1:]])
-    return [made[0], *_call(module, donors[1], [*made[1:], inputs[-1]], first)]
+    return [made[0], *_call(module, donors[1], [*made[1:], *inputs[count:]], first)]
 
 
 @functools.lru_cache(maxsize=64)
 def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spread: Spread | None) -> tuple[str, ...]:
-    """The forward pass, `arrays -> result, saved`, and the backward, `saved, cotangent -> gradients`, as modules: layers
+    """The forward pass, `arrays -> result, saved`, and the backward, `saved, cotangents -> gradients`, as modules: layers
     that are alike share them. Without a cotangent, the forward pass alone, which saves nothing."""
     structs = [jax.ShapeDtypeStruct(*kind) for kind in types]
-    computed = functools.partial(pattern.replace, **dict(numbers))
-    differentiated = len(structs) > len(pattern.example)
+    count = len(pattern.example)
+    carries = pattern.carries if len(structs) > count + 1 else None
+    computed = functools.partial(carries or pattern.replace, **dict(numbers))
+    differentiated = len(structs) > count
     pulls: list[Any] = []
 
     def forward(*arrays):
@@ -65,21 +69,27 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spr
                 return (computed(*arrays),)
             variable, function = hold(computed, pattern.constant, arrays)
             out, pull = jax.vjp(function, *variable)
+        out = out[0] if carries else out
         saved, tree = jax.tree.flatten(pull)
-        pulls.append(tree)
+        pulls.append((tree, out.shape))
         return out, *saved
 
     def backward(*given):
         with kernels.implemented_for(device.platform):
-            return jax.tree.unflatten(pulls[-1], given[:-1])(given[-1])
+            tree, shape = pulls[-1]
+            cotangents = given[tree.num_leaves :]
+            cotangent = jnp.broadcast_to(cotangents[0], shape)
+            return jax.tree.unflatten(tree, given[: tree.num_leaves])(
+                (cotangent, cotangents[1]) if carries else cotangent
+            )
 
     if spread is not None:
         modules = lowered(forward, backward if differentiated else None, structs, pattern, device, spread)
     else:
-        _, *saved = jax.eval_shape(forward, *structs[: len(pattern.example)])
-        passes = [(forward, structs[: len(pattern.example)])]
+        _, *saved = jax.eval_shape(forward, *structs[:count])
+        passes = [(forward, structs[:count])]
         if differentiated:
-            passes.append((backward, [*saved, structs[-1]]))
+            passes.append((backward, [*saved, *structs[count:]]))
         modules = [lower_alone(function, given, device.platform, device.kind) for function, given in passes]
     return tuple(m.text(module, large_constants=True) for module in modules)
 

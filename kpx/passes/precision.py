@@ -90,6 +90,58 @@ def rounded_product_yields_bf16(op):
     )
 
 
+@rewrite(
+    stablehlo.DotGeneralOp,
+    exact=False,
+    bound="the same products, which f32 holds exactly, summed in f32 in another order",
+)
+def product_of_widened(op):
+    """A product in f32 of arrays that were widened for it is one of the arrays as they are, summed in f32.
+
+    Matrix units take bf16 twice as fast as f32 rounded to TF32, and read half as much. JAX's gradient of a product that
+    is summed in f32 is of this form.
+
+    Before:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xbf16>) -> tensor<4x4xf32> {
+          %0 = stablehlo.convert %a : (tensor<4x8xbf16>) -> tensor<4x8xf32>
+          %1 = stablehlo.convert %b : (tensor<8x4xbf16>) -> tensor<8x4xf32>
+          %2 = stablehlo.dot_general %0, %1, contracting_dims = [1] x [0] : (tensor<4x8xf32>, tensor<8x4xf32>) -> tensor<4x4xf32>
+          return %2 : tensor<4x4xf32>
+        }
+    After:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xbf16>) -> tensor<4x4xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<4x8xbf16>, tensor<8x4xbf16>) -> tensor<4x4xf32>
+          return %0 : tensor<4x4xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xf32>) -> tensor<4x4xf32> {
+          %0 = stablehlo.convert %a : (tensor<4x8xbf16>) -> tensor<4x8xf32>
+          %1 = stablehlo.dot_general %0, %b, contracting_dims = [1] x [0] : (tensor<4x8xf32>, tensor<8x4xf32>) -> tensor<4x4xf32>
+          return %1 : tensor<4x4xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4x8xbf16>, %b: tensor<8x4xf16>) -> tensor<4x4xf32> {
+          %0 = stablehlo.convert %a : (tensor<4x8xbf16>) -> tensor<4x8xf32>
+          %1 = stablehlo.convert %b : (tensor<8x4xf16>) -> tensor<8x4xf32>
+          %2 = stablehlo.dot_general %0, %1, contracting_dims = [1] x [0] : (tensor<4x8xf32>, tensor<8x4xf32>) -> tensor<4x4xf32>
+          return %2 : tensor<4x4xf32>
+        }
+    """
+    made = [m.producer(v, stablehlo.ConvertOp) for v in (op.lhs, op.rhs)]
+    if any(convert is None for convert in made) or op.algorithm is not None or m.element_type(op.result) != "f32":
+        return None
+    narrow = [convert.operand for convert in made]
+    if {m.element_type(v) for v in narrow} not in ({"bf16"}, {"f16"}):
+        return None
+    return stablehlo.dot_general(
+        op.result.type, *narrow, op.dot_dimension_numbers, precision_config=op.precision_config
+    )
+
+
+OFF_CPU = [product_of_widened, rounded_product_yields_bf16]
+"""What matrix units of accelerators take better."""
+
+
 @rewrite(stablehlo.DotGeneralOp, exact=True)
 def bf16_dot_that_xla_refuses(op):
     """A bf16 product summed in f32 whose layout XLA:CPU moves only after it has settled how bf16 is computed.

@@ -31,7 +31,7 @@ class Spread:
     Attributes:
         mesh: names and sizes of all axes.
         axes: by letter of `Pattern.parallel`, the axes.
-        letters: those of each array, "." for a dimension of size 1 of a constant one, which is broadcast.
+        letters: those of each array, "." for a dimension of size 1 of a constant one, which is broadcast; and of the result.
     """
 
     mesh: tuple[tuple[str, int], ...]
@@ -65,30 +65,48 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
     if not pattern.parallel:
         return None
     axes: dict[str, Axes] = {}
-    given = [
-        # Only of constant ones: each device's gradient of another would be a part of a sum.
-        "".join(
-            "." if size == 1 and place in pattern.constant else c for c, size in zip(letters, m.shape(v), strict=True)
-        )
-        for place, (v, letters) in enumerate(zip(inputs, (*pattern.parallel, pattern.parallel[0]), strict=False))
-    ]
+    gathered: set[str] = set()
+    given = [_letters(pattern, place, v) for place, v in enumerate(inputs)]
     for value, letters in zip(inputs, given, strict=True):
+        if not letters:
+            continue  # a scalar has no sharding
         found = shardings.of(value)
         if found is None:
             return None
         for letter, size, over in zip(letters, m.shape(value), found, strict=True):
-            if letter == ".":
+            if letter == WHOLE:
+                gathered.update(over)
+            elif letter == ".":
                 if over:
                     return None
-                continue
-            if size % math.prod(shardings.mesh[a] for a in axes.setdefault(letter, over)) or over not in (
+            elif size % math.prod(shardings.mesh[a] for a in axes.setdefault(letter, over)) or over not in (
                 (),
                 axes[letter],
             ):
                 return None
-    if not any(axes.values()):
-        return None  # every device does everything: as well as Shardy knows, that is no one's intention
-    return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.parallel)]))
+    split = {a for over in axes.values() for a in over}
+    # Without a split every device does everything: as well as Shardy knows, that is no one's intention. What is split over
+    # other axes than the results (tensor parallelism) must not be gathered: devices along those would do the same.
+    if not split or not gathered <= split:
+        return None
+    return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.example)]))
+
+
+WHOLE = "*"
+"""The letter of dimensions of an array that every device needs whole; its gradient is the sum of theirs."""
+
+
+def _letters(pattern: Pattern, place: int, value: Value) -> str:
+    """The letters of an input's dimensions; after the arrays come the result's cotangent, and what is carried."""
+    letters, shape = (*pattern.parallel, pattern.parallel[0])[place], m.shape(value)
+    if not shape:
+        return ""  # a cotangent that is alike everywhere
+    if place in pattern.stacked:
+        letters = letters.rjust(len(shape), WHOLE)
+    if place not in pattern.constant:
+        return letters
+    # Only constant ones: each device's gradient of another would be a part of a sum.
+    return "".join("." if size == 1 else letter for letter, size in zip(letters, shape, strict=True))
 
 
 def lowered(
@@ -102,18 +120,28 @@ def lowered(
     """Both passes of a pattern, of one device's arrays, as modules over whole arrays.
 
     Args:
-        forward: `arrays -> result, saved`. `backward`: `saved, cotangent -> gradients`, or None.
-        structs: the arrays, whole; and for the backward pass the cotangent.
+        forward: `arrays -> result, saved`. `backward`: `saved, cotangents -> gradients`, or None.
+        structs: the arrays, whole; and for the backward pass the cotangents.
     """
-    letters = spread.letters
-    specs = tuple(map(spread.spec, letters))
-    _, *saved = jax.eval_shape(forward, *map(spread.part, structs[: len(letters)], letters))
+    letters, count = spread.letters, len(pattern.example)
+    specs, result = tuple(map(spread.spec, letters)), spread.spec(pattern.parallel[-1])
+    _, *saved = jax.eval_shape(forward, *map(spread.part, structs[:count], letters))
     pieces = tuple(spread.pieces if s.ndim else PartitionSpec() for s in saved)
     over = spread.parts
     whole = [jax.ShapeDtypeStruct((s.shape[0] * over, *s.shape[1:]) if s.ndim else (), s.dtype) for s in saved]
     shard = functools.partial(jax.shard_map, check_vma=False)
-    parts = [(shard(forward, in_specs=specs, out_specs=(specs[0], *pieces)), structs[: len(letters)])]
+    parts = [(shard(forward, in_specs=specs, out_specs=(result, *pieces)), structs[:count])]
     if backward is not None:
-        gradients = tuple(s for i, s in enumerate(specs) if i not in pattern.constant)
-        parts.append((shard(backward, in_specs=(*pieces, specs[0]), out_specs=gradients), [*whole, structs[-1]]))
+        variable = [place for place in range(count) if place not in pattern.constant]
+        everywhere = [WHOLE in letters[place] for place in variable]
+        axes = tuple(a for _, named in spread.axes for a in named)
+
+        def summed(*given):
+            gradients = backward(*given)
+            return tuple(jax.lax.psum(g, axes) if w else g for g, w in zip(gradients, everywhere, strict=True))
+
+        cotangents = (result if structs[count].ndim else PartitionSpec(), *[specs[0]] * (len(structs) - count - 1))
+        operands = (*pieces, *cotangents)
+        gradients = tuple(specs[place] for place in variable)
+        parts.append((shard(summed, in_specs=operands, out_specs=gradients), [*whole, *structs[count:]]))
     return [lower_alone(f, given, device.platform, device.kind, dict(spread.mesh)) for f, given in parts]

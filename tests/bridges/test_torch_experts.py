@@ -2,60 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 
 import kpx
-from kpx.bridges.torch.aten.grouped import rows_by_group, sums_by_group
-
-# Rows, groups, inner and outer size: one row a block and many, more groups than rows, one group.
-SIZES = [(18, 4, 16, 8), (3, 8, 16, 8), (300, 3, 8, 24), (513, 1, 4, 4), (64, 64, 5, 3)]
-
-
-def _case(rows, groups, inner, outer, seed):
-    """Rows, matrices and ends of groups, some of them empty, and some rows of no group."""
-    rng = np.random.default_rng(seed)
-    ends = np.sort(rng.integers(0, rows + 1, groups)).astype(np.int32)
-    return rng.standard_normal((rows, inner)), rng.standard_normal((groups, inner, outer)), ends
-
-
-def _in_a_loop(x, weight, ends):
-    wanted, start = np.zeros((len(x), weight.shape[2])), 0
-    for group, end in enumerate(ends):
-        wanted[start:end] = x[start:end] @ weight[group]
-        start = end
-    return wanted
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_each_row_is_multiplied_with_its_groups_matrix(sizes, seed):
-    x, weight, ends = _case(*sizes, seed)
-    got = jax.jit(rows_by_group)(x.astype(np.float32), weight.astype(np.float32), ends)
-    np.testing.assert_allclose(got, _in_a_loop(x, weight, ends), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_each_groups_sum_is_of_its_own_rows(sizes, seed):
-    x, _, ends = _case(*sizes, seed)
-    y = np.random.default_rng(seed + 9).standard_normal((len(x), 6))
-    starts = [0, *ends[:-1]]
-    wanted = np.stack([x[s:e].T @ y[s:e] for s, e in zip(starts, ends, strict=True)])
-    got = jax.jit(sums_by_group)(x.T.astype(np.float32), y.astype(np.float32), ends)
-    np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-5)
-
-
-def test_gradients_of_grouped_rows_are_those_of_a_loop():
-    x, weight, ends = _case(18, 4, 16, 8, 0)
-    cotangent = np.random.default_rng(1).standard_normal((18, 8))
-    with jax.enable_x64(True):
-        grads = jax.grad(lambda x, w: jnp.vdot(rows_by_group(x, w, ends), cotangent), (0, 1))(x, weight)
-    dx = _in_a_loop(cotangent, weight.swapaxes(1, 2), ends)
-    dw = np.stack([x[s:e].T @ cotangent[s:e] for s, e in zip([0, *ends[:-1]], ends, strict=True)])
-    np.testing.assert_allclose(grads[0], dx, atol=1e-12)
-    np.testing.assert_allclose(grads[1], dw, atol=1e-12)
+from kpx.bridges.torch import functional
 
 
 class _Grouped(torch.nn.Module):
@@ -106,3 +57,27 @@ def test_a_mixture_of_experts_trains_in_either_precision(mixtral, dtype, toleran
         grads.append([p.grad.float() for p in model.parameters()])
     for got, wanted in zip(*grads, strict=True):
         assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels"),
+    [
+        ("cuda:h100", {"kpx.grouped_matmul": "grouped_triton", "kpx.grouped_matmul_sums": "grouped_sums_triton"}),
+        ("rocm:mi300x", dict.fromkeys(("kpx.grouped_matmul", "kpx.grouped_matmul_sums"), "decomposition (XLA)")),
+        ("tpu-v5e", {"kpx.grouped_matmul": "decomposition (XLA)"}),
+    ],
+)
+@pytest.mark.models
+def test_a_mixture_of_experts_has_its_grouped_products_in_training(mixtral, target, kernels):
+    params, buffers, fn = functional(mixtral)
+    ids = jnp.zeros((8, 64), jnp.int32)
+
+    def loss(params):
+        out, _ = fn(params, buffers, input_ids=ids)
+        return jnp.sum(jnp.sin(out["logits"]))
+
+    compiled = kpx.compile(jax.grad(loss), params, target=target)
+    # Of 2 layers, rows by the matrices up and down, and by the cotangent; and the matrices' gradients.
+    assert compiled.fusions["kpx.grouped_matmul"] == 8
+    assert compiled.fusions["kpx.grouped_matmul_sums"] == 4
+    assert kernels.items() <= compiled.kernels.items()

@@ -87,11 +87,12 @@ def test_a_gradient_takes_a_tenth_of_the_memory_of_the_logits(target):
     def step(function, x, weight, labels):
         return jax.value_and_grad(lambda x, w: function(x, w, labels).mean(), (0, 1))(x, weight)
 
+    as_written = kpx.Config(level="conservative")
     plain, ours = (
-        kpx.compile(functools.partial(step, function), x, weight, labels, target=target).memory.temp_bytes
+        kpx.compile(functools.partial(step, function), x, weight, labels, target=target, config=as_written)
         for function in (_plain, functools.partial(kpx.ops.linear_cross_entropy, chunk=1000))
     )
-    assert ours < plain / 10
+    assert ours.memory.temp_bytes < plain.memory.temp_bytes / 10
 
 
 REFUSED = {
