@@ -273,6 +273,14 @@ def compile(
     return Compiled(_checked(executable), executable, lowered.compiler_ir("stablehlo"), context, jitted._target)
 
 
+def optimized(fun_or_model: Any, *specs, target: str | Target) -> Any:
+    """The module that `compile` would hand to a target's compiler, which is not asked where it is a JAX function's."""
+    if registry.find(fun_or_model) is not None:
+        return compile(fun_or_model, *specs, target=target)._module
+    lowered, _ = jit(fun_or_model, target=target)._lower(jax.tree.map(_struct, specs), {})
+    return lowered.compiler_ir("stablehlo")
+
+
 def _struct(spec: Any) -> Any:
     """A tensor's shape and dtype; anything else as it is."""
     if type(spec).__module__.startswith("torch") and hasattr(spec, "shape"):

@@ -72,6 +72,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "compare":
             added.add_argument("--samples", type=int, help="a call's; by default the first input's first dimension")
             added.add_argument("--sort", default="seconds", choices=("seconds", "dollars", "memory"))
+    discover = command("discover", _discover, "what a function computes over and over that no fusion pattern takes")
+    discover.add_argument("function", help="package.module:function")
+    discover.add_argument(
+        "--target", default="cuda:h100", help="whose patterns are taken off first; cuda:h100 by default"
+    )
+    discover.add_argument(
+        "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
+    )
+    discover.add_argument(
+        "--write", metavar="FILE", help="write the skeleton of a pattern for what would save the most"
+    )
     return parser
 
 
@@ -143,6 +154,13 @@ def _compare(options: argparse.Namespace, progress: Console) -> tuple[Any, Calla
     with compiling.telling(progress) as tell:
         found = compare(fun, *specs, targets=_names(options), progress=tell, **given)
     return found.to_dict(), lambda console, _: console.print(found)
+
+
+def _discover(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import discover
+
+    given = options.function, options.input, options.target, options.write
+    return discover.run(*given, progress), discover.show
 
 
 def _names(options: argparse.Namespace) -> list[str]:

@@ -93,7 +93,7 @@ def _op(op: Any, functions: dict[str, Any]) -> tuple[float, float]:
         return _region(functions[op.operation.attributes["decomposition"].value], functions)
     if kind in ("while", "case", "if", "manual_computation"):
         flops, moved = _region(op, functions)
-        trips = _trip_count(op) if kind == "while" else 1
+        trips = trip_count(op) if kind == "while" else 1
         return flops * trips, moved * trips
     moved = 0.0
     if isinstance(op, _READS_MEMORY):
@@ -145,7 +145,7 @@ def type_bytes(kind: ir.Type) -> float:
         return total
 
 
-def _trip_count(op: Any) -> int:
+def trip_count(op: Any) -> int:
     """How often a loop of the form `for i in range(a, b)` runs; 1 where it has another form."""
     body = list(op.regions[0].blocks[0].operations)
     compare = next((o for o in body if isinstance(o, stablehlo.CompareOp)), None)

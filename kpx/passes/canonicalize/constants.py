@@ -193,7 +193,7 @@ def fold_convert(op):
 
 @rewrite(stablehlo.CompareOp, exact=True)
 def fold_compare(op):
-    """A comparison of known integers is computed now.
+    """A comparison of known numbers is computed now (`jnp.var` asks whether a count is more than zero).
 
     Before:
         func.func @main() -> tensor<2x2xi1> {
@@ -207,6 +207,25 @@ def fold_compare(op):
           %0 = stablehlo.constant dense<[[true, false], [true, true]]> : tensor<2x2xi1>
           return %0 : tensor<2x2xi1>
         }
+    Before:
+        func.func @main() -> tensor<i1> {
+          %0 = stablehlo.constant dense<2.560000e+02> : tensor<f32>
+          %1 = stablehlo.constant dense<0x7FC00000> : tensor<f32>
+          %2 = stablehlo.compare GT, %0, %1, FLOAT : (tensor<f32>, tensor<f32>) -> tensor<i1>
+          return %2 : tensor<i1>
+        }
+    After:
+        func.func @main() -> tensor<i1> {
+          %0 = stablehlo.constant dense<false> : tensor<i1>
+          return %0 : tensor<i1>
+        }
+    Unchanged:
+        func.func @main() -> tensor<i1> {
+          %0 = stablehlo.constant dense<0.000000e+00> : tensor<f32>
+          %1 = stablehlo.constant dense<-0.000000e+00> : tensor<f32>
+          %2 = stablehlo.compare GT, %0, %1, TOTALORDER : (tensor<f32>, tensor<f32>) -> tensor<i1>
+          return %2 : tensor<i1>
+        }
     Unchanged:
         func.func @main(%a: tensor<2x2xi32>) -> tensor<2x2xi1> {
           %0 = stablehlo.iota dim = 0 : tensor<2x2xi32>
@@ -215,7 +234,8 @@ def fold_compare(op):
         }
     """
     arrays = _all_known(op)
-    if arrays is None or not _foldable(op.lhs):
+    total = op.compare_type is not None and "TOTALORDER" in str(op.compare_type)
+    if arrays is None or total or not (_foldable(op.lhs) or m.element_type(op.lhs) in ("f16", "bf16", "f32", "f64")):
         return None
     direction = stablehlo.ComparisonDirectionAttr(op.comparison_direction).value
     return m.constant(_COMPARISONS[direction](*arrays))
