@@ -63,8 +63,12 @@ def test_a_mixture_of_experts_trains_in_either_precision(mixtral, dtype, toleran
     ("target", "kernels"),
     [
         ("cuda:h100", {"kpx.grouped_matmul": "grouped_triton", "kpx.grouped_matmul_sums": "grouped_sums_triton"}),
-        ("rocm:mi300x", dict.fromkeys(("kpx.grouped_matmul", "kpx.grouped_matmul_sums"), "decomposition (XLA)")),
-        ("tpu-v5e", {"kpx.grouped_matmul": "decomposition (XLA)"}),
+        pytest.param(
+            "rocm:mi300x",
+            dict.fromkeys(("kpx.grouped_matmul", "kpx.grouped_matmul_sums"), "decomposition (XLA)"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("tpu-v5e", {"kpx.grouped_matmul": "decomposition (XLA)"}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.models

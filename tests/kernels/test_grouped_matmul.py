@@ -53,7 +53,7 @@ def _exact(x, weight, cotangent, sizes):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_each_row_is_multiplied_with_its_groups_matrix(sizes, seed, dtype):
     *arrays, groups = _case(*sizes, seed)
@@ -89,7 +89,7 @@ def test_it_differentiates_twice_forward_and_reverse_and_batches():
             np.testing.assert_allclose(ours, wanted, atol=1e-10)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_the_gpus_kernels_interpreted_are_the_products(sizes, dtype, seed):
@@ -128,7 +128,11 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("target", TAKEN)
-@pytest.mark.parametrize("product", [jax.lax.ragged_dot, kpx.ops.grouped_matmul], ids=["JAX's", "kpx's"])
+@pytest.mark.parametrize(
+    "product",
+    [jax.lax.ragged_dot, pytest.param(kpx.ops.grouped_matmul, marks=pytest.mark.slow)],
+    ids=["JAX's", "kpx's"],
+)
 def test_each_row_is_multiplied_once_on_every_accelerator(product, target):
     def step(x, weight, cotangent, sizes):
         return _both(product, sizes)(x, weight, cotangent)

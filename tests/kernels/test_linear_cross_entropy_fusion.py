@@ -71,8 +71,8 @@ def _specs(axis=1, vocabulary=VOCABULARY, place=lambda *axes: None):
     )
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("flat", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_a_loss_is_found_and_never_holds_the_logits(written, flat, axis):
     loss, logits = _loss(written, axis, flat), 4 * BATCH * LENGTH * VOCABULARY
@@ -148,8 +148,8 @@ def _arrays(dtype, axis, vocabulary=50):
     return *(rng.standard_normal(s).astype(dtype) for s in shapes), labels
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("axis", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_what_takes_its_place_is_as_near_to_f64(written, axis, dtype, on_cpu):
     *arrays, labels = _arrays(dtype, axis)

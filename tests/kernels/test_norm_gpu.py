@@ -41,7 +41,11 @@ def _both(function, carried):
 @pytest.mark.parametrize(
     ("affine", "centred"), [("none", False), ("w", False), ("none", True), ("w", True), ("wb", True)]
 )
-@pytest.mark.parametrize("shape", [(5, 96), (3, 4, 64), (600, 33), (2, 5000), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 96), (600, 33), *(pytest.param(s, marks=pytest.mark.slow) for s in ((3, 4, 64), (2, 5000), (1, 1)))],
+    ids=str,
+)
 def test_the_kernels_interpreted_are_the_norm_and_its_gradient(shape, centred, affine, carried):
     rng = np.random.default_rng(0)
     dtype = np.float16 if affine == "w" else np.float32
@@ -110,7 +114,7 @@ def _specs(dtype=jnp.bfloat16, shape=(8, 512, 1024), place=lambda *axes: None):
     return [jax.ShapeDtypeStruct(s, dtype, sharding=place(*["data"] * (i == 0))) for i, s in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("carried", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_a_norm_is_found_with_its_gradient(written, carried):
     function, found = WRITTEN[written]
@@ -199,7 +203,7 @@ def on_cpu():
     fusion._is_of_use.cache_clear()
 
 
-@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("carried", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("written", WRITTEN)
 def test_what_takes_its_place_is_as_near_to_f64(written, carried, on_cpu):
     function, found = WRITTEN[written]
