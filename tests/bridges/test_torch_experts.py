@@ -45,7 +45,9 @@ def test_a_mixture_of_experts_runs_as_transformers_sets_it_up(mixtral):
 
 
 @pytest.mark.models
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), pytest.param(torch.bfloat16, 0.1, marks=pytest.mark.slow)], ids=str
+)
 def test_a_mixture_of_experts_trains_in_either_precision(mixtral, dtype, tolerance):
     import copy
 

@@ -84,6 +84,7 @@ def test_a_loss_is_found_and_never_holds_the_logits(written, flat, axis):
     assert trained.memory.temp_bytes < 0.45 * logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_on_every_accelerator_whose_logits_are_large(target):
     specs = _specs(vocabulary=4 * VOCABULARY)
@@ -103,7 +104,9 @@ def test_small_logits_stay_as_they_are_and_the_report_says_why():
 
 
 @pytest.mark.parametrize(
-    "kind", [(LlamaConfig, LlamaForCausalLM), (Gemma2Config, Gemma2ForCausalLM)], ids=["llama", "gemma2"]
+    "kind",
+    [(LlamaConfig, LlamaForCausalLM), pytest.param((Gemma2Config, Gemma2ForCausalLM), marks=pytest.mark.slow)],
+    ids=["llama", "gemma2"],
 )
 @pytest.mark.models
 def test_a_model_of_transformers_has_its_loss_found_forward_and_in_training(kind):

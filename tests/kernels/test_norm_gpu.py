@@ -160,7 +160,10 @@ def test_is_left_to_xla(what):
 
 @pytest.mark.parametrize(
     ("kind", "found"),
-    [("gpt2", {"kpx.layer_norm and its gradient": 5}), ("llama", {"kpx.rms_norm and its gradient": 5})],
+    [
+        pytest.param("gpt2", {"kpx.layer_norm and its gradient": 5}, marks=pytest.mark.slow),
+        ("llama", {"kpx.rms_norm and its gradient": 5}),
+    ],
 )
 @pytest.mark.models
 def test_a_models_training_step_has_its_norms(kind, found):
