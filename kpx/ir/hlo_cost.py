@@ -213,9 +213,8 @@ def _operand(i: Instruction, within: Computation, n: int) -> Array | None:
 def _element(i: Instruction, within: Computation) -> str:
     """The narrower of a product's operand types; `f32:highest` and the like where its precision is asked for."""
     operands = [a for n in range(len(i.operands)) if (a := _operand(i, within, n))]
-    arrays = [a for a in operands if a.element not in ("s32", "u32", "pred")][
-        :2
-    ] or operands  # those are a kernel's counts
+    counts = ("s32", "u32", "pred")  # which a kernel takes beside what it multiplies
+    arrays = [a for a in operands if a.element not in counts][:2] or operands
     element = min(arrays, key=lambda a: a.bytes / max(a.size, 1)).element
     precision = i.attribute("operand_precision").partition(",")[0] or _config_precision(i)
     return f"{element}:{precision.lower()}" if element == "f32" and precision else element

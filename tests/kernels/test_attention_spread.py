@@ -2,10 +2,6 @@
 
 import collections
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import kpx
 from bench import llama
+from tests.devices import on_four
 from tests.kernels.test_attention_fusion import KERNELS, LENGTH, _mask_added, _scaled_after, _scaled_before_and_hidden
 from tests.kernels.test_attention_gradient import _gradients
 
@@ -138,10 +135,4 @@ print("the same")
 
 
 def test_four_devices_give_what_one_gives():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *(p for p in sys.path if p)]),
-    }
-    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "the same", done.stderr[-2000:]
+    on_four(RUN)

@@ -1,10 +1,5 @@
 """A language model's loss, found over its last layer however it is written, with its gradient, and computed in chunks."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +14,7 @@ import kpx
 from kpx.bridges.torch import functional
 from kpx.kernels.linear_cross_entropy import chunked, linear_cross_entropy_kernel
 from kpx.passes import fusion
+from tests.devices import on_four
 from tests.reference import assert_closer
 
 FORWARD, TRAINED = {"kpx.linear_cross_entropy": 1}, {"kpx.linear_cross_entropy and its gradient": 1}
@@ -234,10 +230,4 @@ print("the same")
 
 
 def test_four_devices_give_what_one_gives():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *(p for p in sys.path if p)]),
-    }
-    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "the same", done.stderr[-2000:]
+    on_four(RUN)

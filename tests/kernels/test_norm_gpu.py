@@ -1,10 +1,6 @@
 """Norms in training steps on GPUs: kernels interpreted against f64, and found with their gradients however written."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ from kpx.bridges.torch import functional
 from kpx.kernels import norm
 from kpx.kernels.norm_gpu import normalized
 from kpx.passes import fusion
+from tests.devices import on_four
 from tests.reference import assert_closer
 
 pytest.importorskip("triton")
@@ -267,10 +264,4 @@ print("the same")
 
 
 def test_four_devices_give_what_one_gives():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *(p for p in sys.path if p)]),
-    }
-    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "the same", done.stderr[-2000:]
+    on_four(RUN)
