@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels import triton_call
-from kpx.kernels.attention import attention_kernel, in_sight
+from kpx.kernels import triton_call, visible
+from kpx.kernels.attention import attention_kernel, in_sight, masked, named
 
 _MOST_SIZE = 256
 _LEAST = 16  # rows and columns of a product on tensor cores
@@ -30,7 +30,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Settings:
-    """What attention is computed: see `attention`. `heads` are those of queries in each batch."""
+    """What attention is computed: see `attention`. `heads` are those of queries in each batch, `bits` a mask that is known while compiling."""
 
     platform: str
     heads: int
@@ -38,9 +38,10 @@ class Settings:
     causal: bool
     window: int
     softcap: float
+    bits: str = ""
 
 
-def _supports(query, key, value, *mask, scale, causal, window=0, softcap=0.0) -> str | None:
+def _supports(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible="") -> str | None:
     if (reason := triton_call.unavailable()) is not None:
         return reason
     if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -81,10 +82,10 @@ def backward_blocks(platform: str, row_bytes: int) -> Blocks:
     return Blocks(64, 64, 8, 1) if row_bytes <= 512 else Blocks(32, 32, 8, 1)
 
 
-def sizes(query, key, value, mask, settings: Settings, blocks: Blocks) -> dict[str, Any]:
-    """The kernels' constants, of arrays `[heads of all batches, length, size]` and a mask `[batch, heads, length, keys]`."""
+def sizes(query, key, value, further, settings: Settings, blocks: Blocks) -> dict[str, Any]:
+    """The kernels' constants, of arrays `[heads of all batches, length, size]` and of those beside them (see `flash`)."""
     length, kv_length = query.shape[-2], key.shape[-2]
-    strides = [0, 0, 0]
+    strides, mask = [0, 0, 0], further.get("mask")
     if mask is not None:
         rest = [math.prod(mask.shape[axis + 1 :]) for axis in range(3)]
         strides = [stride if size > 1 else 0 for stride, size in zip(rest, mask.shape, strict=False)]
@@ -94,6 +95,7 @@ def sizes(query, key, value, mask, settings: Settings, blocks: Blocks) -> dict[s
         "SOFTCAP": settings.softcap, "CAUSAL": settings.causal, "WINDOW": settings.window,
         "MASK": 0 if mask is None else 1 if mask.dtype == bool else 2,
         "MASK_BATCH": strides[0], "MASK_HEAD": strides[1], "MASK_ROW": strides[2],
+        "SLOPES": "slopes" in further, "BOUNDS": "bounds" in further, "SEGMENTS": "segments" in further,
         "BQ": min(blocks.queries, _power(length)), "BK": min(blocks.keys, _power(kv_length)),
         "BD": _power(query.shape[-1]), "BV": _power(value.shape[-1]),
         "PRECISION": "ieee" if settings.platform == "rocm" else "tf32",  # what XLA computes f32 products in
@@ -105,96 +107,169 @@ def _row_bytes(query, value) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(query, key, value, mask, settings: Settings):
-    return _forward(query, key, value, mask, settings)[0]
+def _flash(query, key, value, further, settings: Settings):
+    return _forward(query, key, value, further, settings)[0]
 
 
-def _forward(query, key, value, mask, settings):
+def _operands(further: dict[str, Any], instead) -> list[Any]:
+    """What all kernels take after queries, keys and values; in place of what is not there, an array that is not read."""
+    return [further.get(name, instead) for name in ("mask", "slopes", "bounds", "segments", "kv_segments")]
+
+
+def _lists(settings: Settings, constants: dict[str, Any], by_keys: bool) -> tuple[list[Any], int]:
+    """Which blocks of a mask that is known are seen, as the kernels read it, and how many numbers each row has."""
+    if not settings.bits:
+        return [], 0
+    mask = visible.mask_of(settings.bits, (constants["LENGTH"], constants["KV_LENGTH"]))
+    if settings.causal or settings.window:
+        row, column = np.arange(mask.shape[0])[:, None], np.arange(mask.shape[1])
+        mask = mask & in_sight(row, column, settings.causal, settings.window)
+    kinds = visible.blocks(mask, constants["BQ"], constants["BK"])
+    listed = visible.lists(kinds.T if by_keys else kinds)
+    return [jnp.asarray(listed)], listed.shape[1]
+
+
+def _forward(query, key, value, further, settings):
     from kpx.kernels import attention_triton as kernels
 
     heads, length, _ = query.shape
     blocks = forward_blocks(settings.platform, _row_bytes(query, value))
-    constants = sizes(query, key, value, mask, settings, blocks)
+    constants = sizes(query, key, value, further, settings, blocks)
     outputs = (
         jax.ShapeDtypeStruct((heads, length, value.shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((heads, length), jnp.float32),
     )
+    lists, numbers = _lists(settings, constants, by_keys=False)
     out, log_total = triton_call.triton_call(
-        kernels.forward, query, key, value, query if mask is None else mask, out=outputs,
-        grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, **constants,
+        kernels.forward, query, key, value, *_operands(further, query), further.get("sinks", query), *(lists or [query]),
+        out=outputs, grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
+        SINKS="sinks" in further, **constants,
     )  # fmt: skip
-    return out, (query, key, value, mask, out, log_total)
+    return out, (query, key, value, further, out, log_total)
 
 
 def _backward(settings, saved, cotangent):
     from kpx.kernels import attention_triton as kernels
 
-    query, key, value, mask, out, log_total = saved
+    query, key, value, further, out, log_total = saved
     delta = jnp.sum(out.astype(jnp.float32) * cotangent.astype(jnp.float32), -1)
     blocks = backward_blocks(settings.platform, _row_bytes(query, value))
-    constants = sizes(query, key, value, mask, settings, blocks)
+    constants = sizes(query, key, value, further, settings, blocks)
     call = functools.partial(triton_call.triton_call, warps=blocks.warps, stages=blocks.stages, **constants)
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (query, key, value)]
-    operands = query, key, value, query if mask is None else mask, cotangent, log_total, delta
+    operands = query, key, value, *_operands(further, query)
+    rest = cotangent, log_total, delta
+    rows, columns = -(-query.shape[1] // constants["BQ"]), -(-key.shape[1] // constants["BK"])
+    lists, numbers = _lists(settings, constants, by_keys=True)
     by_key, by_value = call(
-        kernels.backward_keys, *operands, out=like[1:], grid=key.shape[0] * -(-key.shape[1] // constants["BK"])
-    )
+        kernels.backward_keys, *operands, *(lists or [query]), *rest, out=like[1:], grid=key.shape[0] * columns,
+        BLOCKS=numbers,
+    )  # fmt: skip
+    lists, numbers = _lists(settings, constants, by_keys=False)
     (by_query,) = call(
-        kernels.backward_queries, *operands, out=like[:1], grid=query.shape[0] * -(-query.shape[1] // constants["BQ"])
-    )
-    by_mask = None
-    if mask is not None:
-        by_mask = _by_mask(query, key, value, mask, cotangent, log_total, delta, settings)
-    return by_query, by_key, by_value, by_mask
+        kernels.backward_queries, *operands, *(lists or [query]), *rest, out=like[:1], grid=query.shape[0] * rows,
+        BLOCKS=numbers,
+    )  # fmt: skip
+    by_further = _by_others(query, key, value, further, cotangent, log_total, delta, settings)
+    if (mask := further.get("mask")) is not None and mask.dtype != bool and mask.shape[-2] > 1:
+        (by_further["mask"],) = call(
+            kernels.backward_mask, *operands, *rest, out=[jax.ShapeDtypeStruct(mask.shape, mask.dtype)],
+            grid=math.prod(mask.shape[:2]) * rows * columns, BATCHES=query.shape[0] // settings.heads,
+        )  # fmt: skip
+    return by_query, by_key, by_value, by_further
 
 
-def _by_mask(query, key, value, mask, cotangent, log_total, delta, settings):
-    """The gradient by numbers that were added, in plain JAX: it holds the scores, where it is used at all."""
-    if mask.dtype == bool:
-        return np.zeros(mask.shape, jax.dtypes.float0)
+def _by_others(query, key, value, further, cotangent, log_total, delta, settings) -> dict[str, Any]:
+    """The gradients by arrays beside queries, keys and values; those that need all scores hold them, where they are used."""
+    found = {
+        name: np.zeros(a.shape, jax.dtypes.float0)
+        for name, a in further.items()
+        if not jnp.issubdtype(a.dtype, jnp.floating)
+    }
+    heads = settings.heads
+    log_total, delta = (a.reshape(-1, heads, a.shape[-1]) for a in (log_total / math.log2(math.e), delta))
+    if (sinks := further.get("sinks")) is not None:
+        weights = jnp.exp(sinks[:, None] - log_total)
+        found["sinks"] = -jnp.sum(weights * delta, (0, 2))
+    if (slopes := further.get("slopes")) is not None:
+        by_scores = _scores_gradient(query, key, value, further, cotangent, log_total, delta, settings)
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, by_scores.shape[-2:], axis) for axis in (0, 1))
+        if "bounds" in further:
+            row = row + further["bounds"][:, 0, None, None, None]
+        found["slopes"] = -jnp.sum(by_scores * jnp.abs(row - column), (0, 2, 3)).astype(slopes.dtype)
+    if (mask := further.get("mask")) is not None and mask.dtype != bool:
+        by_scores = _scores_gradient(query, key, value, further, cotangent, log_total, delta, settings)
+        whole = tuple(axis for axis, size in enumerate(mask.shape) if size == 1)
+        found["mask"] = jnp.sum(by_scores, whole, keepdims=True).astype(mask.dtype)
+    return found
+
+
+def _scores_gradient(query, key, value, further, cotangent, log_total, delta, settings):
+    """The gradient by masked scores, `[batch, heads, length, kv_length]`, in plain JAX."""
     wide = [a.astype(jnp.float32).reshape(-1, settings.heads, *a.shape[1:]) for a in (query, cotangent)]
     key, value = (
         jnp.repeat(a.astype(jnp.float32), query.shape[0] // a.shape[0], 0).reshape(-1, settings.heads, *a.shape[1:])
         for a in (key, value)
     )
-    log_total, delta = (a.reshape(-1, settings.heads, a.shape[-1], 1) for a in (log_total, delta))
+    given = dict(further)
+    if (bounds := given.pop("bounds", None)) is not None:
+        given |= {"offset": bounds[:, 0], "kv_lengths": bounds[:, 1]}
     scores = jnp.einsum("bhqd,bhkd->bhqk", wide[0], key) * settings.scale
-    if settings.softcap:
-        scores = jnp.tanh(scores / settings.softcap) * settings.softcap
-    if settings.causal or settings.window:
-        seen = in_sight(*scores.shape[-2:], settings.causal, settings.window)
-        scores = jnp.where(seen, scores, -jnp.inf)
-    weights = jnp.exp(scores + mask.astype(jnp.float32) - log_total / math.log2(math.e))
-    by_scores = weights * (jnp.einsum("bhqd,bhkd->bhqk", wide[1], value) - delta)
-    whole = tuple(axis for axis, size in enumerate(mask.shape) if size == 1)
-    return jnp.sum(by_scores, whole, keepdims=True).astype(mask.dtype)
+    scores = masked(scores, given, settings.causal, settings.window, settings.softcap)
+    weights = jnp.exp(scores - log_total[..., None])
+    return weights * (jnp.einsum("bhqd,bhkd->bhqk", wide[1], value) - delta[..., None])
 
 
 _flash.defvjp(_forward, _backward)
 
 
-def flash(query, key, value, *masks, platform, scale, causal, window=0, softcap=0.0):
-    """Never holds the scores: blocks of them are computed, used and forgotten, and computed again for the gradient."""
-    *lead, heads, _, _ = query.shape
-    mask = None
-    if masks:
-        shape = (1,) * (query.ndim - masks[0].ndim) + masks[0].shape
+def settle(query, key, arrays, platform: str, scale, causal, window, softcap, given, known) -> tuple[Settings, dict]:
+    """What kernels compute, and the arrays beside queries, keys and values as they take them: the mask with four dimensions
+    (of size 1 where it is broadcast, less the last), first positions and lengths together as bounds, all by batch."""
+    *lead, heads, length, _ = query.shape
+    further, batch, kv_length = named(arrays, given), math.prod(lead), key.shape[-2]
+    bits = ""
+    if (seen := visible.read(known)) is not None:
+        bits = seen.bits
+        if not bits:
+            del further["mask"]
+            causal = causal or seen.causal
+            window = min(window or seen.window, seen.window or window)
+    if (mask := further.get("mask")) is not None:
+        shape = (1,) * (query.ndim - mask.ndim) + mask.shape
         if any(size != 1 for size in shape[: len(lead)]):
             shape = (*lead, *shape[-3:])
-        mask = jnp.broadcast_to(masks[0], (*shape[:-1], key.shape[-2])).reshape(-1, *shape[-3:-1], key.shape[-2])
-    settings = Settings(platform, heads, float(scale), bool(causal), int(window), float(softcap))
+        further["mask"] = jnp.broadcast_to(mask, (*shape[:-1], kv_length)).reshape(-1, *shape[-3:-1], kv_length)
+    offset, kv_lengths = further.pop("offset", None), further.pop("kv_lengths", None)
+    if offset is not None or kv_lengths is not None:
+        offset = jnp.zeros(batch, jnp.int32) if offset is None else offset.reshape(batch)
+        kv_lengths = jnp.full(batch, kv_length, jnp.int32) if kv_lengths is None else kv_lengths.reshape(batch)
+        further["bounds"] = jnp.stack([offset, kv_lengths], -1)
+    if "segments" in further:
+        further["segments"] = further["segments"].reshape(batch, length)
+        further["kv_segments"] = further.get("kv_segments", further["segments"]).reshape(batch, kv_length)
+    for name in {"sinks", "slopes"} & further.keys():
+        further[name] = further[name].astype(jnp.float32)
+    return Settings(platform, heads, float(scale), bool(causal), int(window), float(softcap), bits), further
+
+
+def flash(
+    query, key, value, *arrays, platform, scale, causal, window=0, softcap=0.0, given="mask", visible=""
+):  # as `attention_kernel` takes them
+    """Never holds the scores: blocks of them are computed, used and forgotten, and computed again for the gradient."""
+    settings, further = settle(query, key, arrays, platform, scale, causal, window, softcap, given, visible)
     flat_query, flat_key, flat_value = (a.reshape(-1, *a.shape[-2:]) for a in (query, key, value))
-    out = _flash(flat_query, flat_key, flat_value, mask, settings)
+    out = _flash(flat_query, flat_key, flat_value, further, settings)
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
 @attention_kernel.on("cuda", supports=_supports)
-def flash_cuda(query, key, value, *mask, **attributes):
+def flash_cuda(query, key, value, *arrays, **attributes):
     """For NVIDIA's Ampere and later."""
-    return flash(query, key, value, *mask, platform="cuda", **attributes)
+    return flash(query, key, value, *arrays, platform="cuda", **attributes)
 
 
 @attention_kernel.on("rocm", supports=_supports)
-def flash_rocm(query, key, value, *mask, **attributes):
+def flash_rocm(query, key, value, *arrays, **attributes):
     """For AMD's CDNA."""
-    return flash(query, key, value, *mask, platform="rocm", **attributes)
+    return flash(query, key, value, *arrays, platform="rocm", **attributes)

@@ -177,8 +177,10 @@ def _eager(scaled: Callable, capped: bool, widened: str, softmax: Callable) -> C
 
 
 def _eager_kernel(scaled: str) -> Callable:
-    def replace(q, k, v, mask, *, scale, softcap=None):
-        return attention(q, k, v, mask=mask, scale=1 / scale if scaled == "divided" else scale, softcap=softcap)
+    def replace(q, k, v, mask, *, scale, softcap=0.0, visible=""):
+        factor = 1 / scale if scaled == "divided" else scale
+        further = {"softcap": softcap} if softcap else {}
+        return attention_kernel(q, k, v, mask, scale=factor, causal=False, visible=visible, **further)
 
     return replace
 
@@ -195,6 +197,7 @@ for _scale, _capped in itertools.product(("multiplied", "divided"), (False, True
         fixed_ranks=True,
         among=("exponential",),
         constant=(3,),
+        mask=3,
         parallel=("bh..",) * 5,
         **({"scale": 0.25} if _scale == "multiplied" else {"scale": 4.0}),
         **({"softcap": 20.0} if _capped else {}),
@@ -207,9 +210,9 @@ _GROUPED = [((2, 4, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16), ((2, 2
 
 
 def _kpxs(function: Callable, causal: bool, by_batch: bool) -> Callable:
-    def called(q, k, v, *mask, scale=1.0):
+    def called(q, k, v, *mask, scale=1.0, **known):
         masks = [a[:, None, None] for a in mask] if by_batch else mask
-        return function(q, k, v, *masks, scale=scale, causal=causal)
+        return function(q, k, v, *masks, scale=scale, causal=causal, **known)
 
     return called
 
@@ -233,6 +236,7 @@ for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
         fixed_ranks=True,
         among=("exponential",),
         constant=(3,) if _masks else (),
+        mask=3 if _masks and not _by_batch else None,
         parallel=("bh..",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()) + ("bh..",),
         alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
         **_numbers,

@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels.attention import attention_kernel
+from kpx.kernels import visible
+from kpx.kernels.attention import attention_kernel, in_sight, named
 
 _LANES = 128
 _BLOCK = 512  # rows of queries, and of keys, at a time
 _MOST_SIZE = 256
 _MOST_PADDED = 1.25  # scores that are computed, over those that are wanted
+_NOWHERE = -(2**31)  # the segment of keys that no query sees
 
 
 def _padded(length: int) -> int:
     return -(-length // _LANES) * _LANES
 
 
-def _supports(query, key, value, *mask, scale, causal, window=0, softcap=0.0) -> str | None:
-    if mask and (mask[0].dtype != bool or any(size != 1 for size in mask[0].shape[-3:-1])):
-        shape = f"{mask[0].dtype}{list(mask[0].shape)}"
+@dataclass(frozen=True)
+class Sight:
+    """Which keys queries see as far as it is known while compiling; `bits` are a mask, [length, kv_length]."""
+
+    causal: bool
+    window: int
+    bits: str
+
+    def mask(self, length: int, kv_length: int) -> np.ndarray:
+        """All of it in one array of bools."""
+        row, column = np.arange(length)[:, None], np.arange(kv_length)
+        seen = visible.mask_of(self.bits, (length, kv_length)) if self.bits else np.ones((length, kv_length), bool)
+        return seen & in_sight(row, column, self.causal, self.window) if self.causal or self.window else seen
+
+
+def _sight(causal: bool, window: int, description: str) -> Sight:
+    known = visible.read(description)
+    if known is None:
+        return Sight(bool(causal), int(window), "")
+    windows = [w for w in (window, known.window) if w]
+    return Sight(bool(causal or known.causal), min(windows, default=0), known.bits)
+
+
+def _supports(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible="") -> str | None:
+    further = named(arrays, given)
+    mask = further.get("mask")
+    if mask is not None and not visible and (mask.dtype != bool or any(size != 1 for size in mask.shape[-3:-1])):
+        shape = f"{mask.dtype}{list(mask.shape)}"
         return f"of arrays as masks it takes bools that are alike for all heads and queries, and not {shape}"
+    for name in ("slopes", "offset"):
+        if name in further:
+            return f"it takes no {name}"
     if {query.dtype, key.dtype, value.dtype} > {query.dtype} or query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes f32 or bf16 alone, not {query.dtype}, {key.dtype}, {value.dtype}"
     length, kv_length = query.shape[-2], key.shape[-2]
-    if window and length > kv_length:
+    if _sight(causal, window, visible).window and length > kv_length:
         return f"with a window, queries must be no more than keys, and are {length} and {kv_length}"
     if not _MOST_PADDED * length * kv_length >= _padded(length) * _padded(kv_length):
         return (
@@ -42,21 +74,51 @@ def _supports(query, key, value, *mask, scale, causal, window=0, softcap=0.0) ->
 
 
 @attention_kernel.on("tpu", supports=_supports)
-def splash(query, key, value, *hidden, scale, causal, window=0, softcap=0.0, interpret: bool = False):
+def splash(
+    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible="", interpret: bool = False
+):
     """Never holds the scores: blocks of them are computed, used and forgotten."""
-    *lead, _, length, _ = query.shape
-    kv_length, seen = key.shape[-2], None
-    if hidden:
-        seen = jnp.broadcast_to(hidden[0].reshape(*hidden[0].shape[:-3], -1), (*lead, kv_length))
-    elif kv_length % _LANES and not (causal and length <= kv_length):  # else no query sees what is padded
-        seen = jnp.ones((*lead, kv_length), bool)
+    lengths, sight = (query.shape[-2], key.shape[-2]), _sight(causal, window, visible)
+    further = named(arrays, given)
+    if visible:
+        del further["mask"]
+    segments, sees = _segments(query, key, further, sight)
     query = _pad((query * jnp.asarray(scale, jnp.float32)).astype(query.dtype), -2)
-    key, value, seen = _pad(key, -2), _pad(value, -2), None if seen is None else _pad(seen, -1)
-    out = _splash(query, key, value, seen, causal, window, softcap, interpret)[..., :length, :]
-    if not hidden:
-        return out
-    sees = _any_in_sight(seen, length, kv_length, causal, window)
-    return jnp.where(sees[..., None, :, None], out, 0)
+    key, value = _pad(key, -2), _pad(value, -2)
+    out = _splash(query, key, value, segments, further.get("sinks"), sight, (lengths, softcap, interpret))
+    out = out[..., : lengths[0], :]
+    return out if sees is None else jnp.where(sees[..., None, :, None], out, 0)
+
+
+def _segments(query, key, further, sight: Sight):
+    """What of a mask is an input, as segments of the padded queries and keys `[..., length]`, or None where nothing is; and
+    which queries see a key at all, or None where all do."""
+    lead, length, kv_length = query.shape[:-3], query.shape[-2], key.shape[-2]
+    seen = jnp.ones((*lead, kv_length), bool)
+    hides = {"mask", "kv_lengths"} & further.keys()
+    if (mask := further.get("mask")) is not None:
+        seen = seen & jnp.broadcast_to(mask.reshape(*mask.shape[:-3], -1), seen.shape)
+    if (lengths := further.get("kv_lengths")) is not None:
+        seen = seen & (jnp.arange(kv_length) < lengths[..., None])
+    some = None  # queries that see a key, where not all do
+    if (of_queries := further.get("segments")) is not None:
+        of_keys = further.get("kv_segments", of_queries)
+        if hides or sight.bits or "kv_segments" in further:
+            known = sight.mask(length, kv_length)
+            some = jnp.any((of_queries[..., :, None] == of_keys[..., None, :]) & seen[..., None, :] & known, -1)
+        of_keys = jnp.where(seen, of_keys, _NOWHERE)
+        return (_pad(of_queries, -1), _pad(of_keys, -1, _NOWHERE)), some
+    if sight.bits:
+        known = sight.mask(length, kv_length)
+        if hides or not known.any(1).all():
+            some = jnp.any(known & seen[..., None, :], -1)
+    elif hides:
+        some = _any_in_sight(seen, length, kv_length, sight.causal, sight.window)
+    sees_padding = kv_length % _LANES and not sight.bits and not (sight.causal and length <= kv_length)
+    if not hides and not sees_padding:
+        return None, some
+    # Keys that are seen are of the queries' segment.
+    return (jnp.ones((*lead, _padded(length)), jnp.int32), _pad(seen, -1).astype(jnp.int32)), some
 
 
 def _any_in_sight(seen, length: int, kv_length: int, causal: bool, window: int):
@@ -68,24 +130,30 @@ def _any_in_sight(seen, length: int, kv_length: int, causal: bool, window: int):
     return before[..., np.clip(end, 0, kv_length)] > before[..., np.clip(begin, 0, kv_length)]
 
 
-def _pad(array, axis: int):
+def _pad(array, axis: int, value=0):
     width = [(0, 0)] * array.ndim
     width[axis] = (0, -array.shape[axis] % _LANES)
-    return jnp.pad(array, width) if width[axis][1] else array
+    return jnp.pad(array, width, constant_values=value) if width[axis][1] else array
 
 
-def _splash(query, key, value, seen, causal: bool, window: int, softcap: float, interpret: bool):
-    """The kernel over lengths that it takes; `seen` are keys `[..., kv_length]` that any query may see, or None for all."""
+def _splash(query, key, value, segments, sinks, sight: Sight, settings: tuple[tuple[int, int], float, bool]):
+    """The kernel over lengths that it takes. Of `settings`: lengths without padding, the cap, whether to interpret."""
     # Pallas takes half a second to import, and most programs are not for TPUs.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     *lead, heads, length, _ = query.shape
-    kv_length = key.shape[-2]
-    if window:
-        mask = masks.LocalMask((length, kv_length), (window - 1, 0 if causal else window - 1), 0)
+    kv_length, (given, softcap, interpret) = key.shape[-2], settings
+    if sight.bits:
+        known = sight.mask(*given)
+        known[:, 0] |= ~known.any(1)  # of a query that sees nothing, what comes out is not used
+        known = np.pad(known, [(0, length - given[0]), (0, 0)], mode="edge")
+        mask = masks.NumpyMask(np.pad(known, [(0, 0), (0, kv_length - given[1])]))
+    elif sight.window:
+        after = 0 if sight.causal else sight.window - 1
+        mask = masks.LocalMask((length, kv_length), (sight.window - 1, after), 0)
     else:
-        mask = (masks.CausalMask if causal else masks.FullMask)((length, kv_length))
+        mask = (masks.CausalMask if sight.causal else masks.FullMask)((length, kv_length))
     rows, columns = math.gcd(length, _BLOCK), math.gcd(kv_length, _BLOCK)
     sizes = splash_kernel.BlockSizes(
         block_q=rows, block_kv=columns, block_kv_compute=columns,
@@ -96,13 +164,15 @@ def _splash(query, key, value, seen, causal: bool, window: int, softcap: float, 
         attn_logits_soft_cap=softcap or None,
     )  # fmt: skip
     operands = [query, key, value]
-    if seen is not None:  # keys that are seen are of the queries' segment
-        operands.append(splash_kernel.SegmentIds(jnp.ones((*lead, length), jnp.int32), seen.astype(jnp.int32)))
+    if segments is not None:
+        operands.append(splash_kernel.SegmentIds(*segments))
+    if sinks is not None:
+        call = functools.partial(call, sinks=sinks.astype(jnp.float32))
     for _ in lead:
         call = jax.vmap(call)
     return call(*operands)
 
 
-def interpreted(query, key, value, *mask, **attributes):
+def interpreted(query, key, value, *arrays, **attributes):
     """The same without a TPU, slowly: what the tests run."""
-    return splash(query, key, value, *mask, **attributes, interpret=True)
+    return splash(query, key, value, *arrays, **attributes, interpret=True)

@@ -6,7 +6,11 @@ which what is beyond an array's end is not read and not written. Sums are in f32
 
 Of what all kernels share: SCALE multiplies scores; SOFTCAP caps them (0: not); CAUSAL hides later keys; WINDOW hides keys
 that far away (0: none); MASK is 0 without a mask, 1 for bools, 2 for numbers that are added, and the mask's strides over
-the batch, heads and queries are MASK_BATCH, MASK_HEAD and MASK_ROW; PRECISION is that of products of f32.
+the batch, heads and queries are MASK_BATCH, MASK_HEAD and MASK_ROW; PRECISION is that of products of f32. Arrays that are
+not there are not read: `slopes [HEADS]` of what scores lose by distance (SLOPES); `bounds [BATCH, 2]`, the first query's
+position and the number of keys that are there (BOUNDS); `segments [BATCH, LENGTH]` and `kv_segments [BATCH, KV_LENGTH]`,
+which must be alike (SEGMENTS); and `blocks`, for each block of queries (of keys, where gradients by those are computed):
+how many blocks are seen whole, how many at all, and which, in a row of BLOCKS numbers (0: they are not listed).
 """
 
 import triton
@@ -40,35 +44,59 @@ def _score(left, right, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: t
 
 
 @triton.jit
-def _hide(scores, rows, columns, mask, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, CAUSAL: tl.constexpr,
-          WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_ROW: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+def _hide(scores, rows, columns, mask, slope, offset, kv_length, segments, kv_segments, LENGTH: tl.constexpr,
+          KV_LENGTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_ROW: tl.constexpr,
+          SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Masked scores: -inf where a query (`rows`) does not see a key (`columns`). EDGE: the block may not be seen whole."""
+    if SLOPES:
+        scores -= slope * tl.abs(rows + offset - columns).to(tl.float32)
     if MASK > 0:
         given = tl.load(mask + rows * MASK_ROW + columns, (rows < LENGTH) & (columns < KV_LENGTH), 0)
         if MASK == 1:
             scores = tl.where(given, scores, float("-inf"))
         else:
             scores += given.to(tl.float32) * LOG2_E
+    if SEGMENTS:
+        of_rows = tl.load(segments + rows, rows < LENGTH, 0)
+        of_columns = tl.load(kv_segments + columns, columns < KV_LENGTH, 0)
+        scores = tl.where(of_rows == of_columns, scores, float("-inf"))
     if EDGE:
-        seen = (columns < KV_LENGTH) & (rows >= 0)
+        seen = (columns < kv_length) & (rows >= 0)
         if CAUSAL:
-            seen = seen & (rows >= columns)
+            seen = seen & (rows + offset >= columns)
         if WINDOW > 0:
-            seen = seen & (rows - columns < WINDOW) & (columns - rows < WINDOW)
+            seen = seen & (rows + offset - columns < WINDOW) & (columns - rows - offset < WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def _keys_in_sight(first, KV_LENGTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BQ: tl.constexpr,
-                   BK: tl.constexpr):  # fmt: skip
-    """Of a block of queries that begins at `first`: the first key, the end of what every one sees, and the end."""
+def _of_head(head, mask, slopes, bounds, segments, kv_segments, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr,
+             HEADS: tl.constexpr, MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr, SLOPES: tl.constexpr,
+             BOUNDS: tl.constexpr):  # fmt: skip
+    """What of the arrays that all heads share is a query head's: of the mask, its slope, bounds, segments."""
+    batch = head // HEADS
+    mask += batch * MASK_BATCH + head % HEADS * MASK_HEAD
+    slope = 0.0
+    if SLOPES:
+        slope = tl.load(slopes + head % HEADS) * LOG2_E
+    offset = 0
+    kv_length = KV_LENGTH
+    if BOUNDS:
+        offset = tl.load(bounds + 2 * batch)
+        kv_length = tl.minimum(tl.maximum(tl.load(bounds + 2 * batch + 1), 0), KV_LENGTH)
+    return mask, slope, offset, kv_length, segments + batch * LENGTH, kv_segments + batch * KV_LENGTH
+
+
+@triton.jit
+def _keys_in_sight(first, kv_length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
+    """Of a block of queries whose positions begin at `first`: the first key, the end of what every one sees, and the end."""
     begin = first * 0
-    end = begin + KV_LENGTH
-    whole = begin + KV_LENGTH // BK * BK
+    end = begin + kv_length
+    whole = end // BK * BK
     if CAUSAL:
-        whole = tl.minimum(whole, first // BK * BK)
-        end = tl.minimum(end, first + BQ)
+        whole = tl.minimum(whole, tl.maximum(first, 0) // BK * BK)
+        end = tl.maximum(tl.minimum(end, first + BQ), 0)
     if WINDOW > 0:
         begin = tl.maximum(begin, first - WINDOW + 1) // BK * BK
         end = tl.minimum(end, first + BQ + WINDOW - 1)
@@ -77,19 +105,23 @@ def _keys_in_sight(first, KV_LENGTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW:
 
 
 @triton.jit
-def _attend(query, top, total, sums, rows, begin, end, key, value, mask,
-            LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+def _attend(query, top, total, sums, rows, begin, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
+            listed, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
             SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-            MASK_ROW: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-            EDGE: tl.constexpr):  # fmt: skip
-    """Takes keys `begin` to `end` into a block of queries' maxima, totals and weighted sums."""
+            MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr,
+            BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """Takes keys `begin` to `end`, or blocks of them by their places in a list, into a block of queries' maxima, totals and
+    weighted sums."""
     d, v = tl.arange(0, BD), tl.arange(0, BV)
-    for start in range(begin, end, BK):
+    for i in range(begin, end, 1 if BLOCKS > 0 else BK):
+        start = i
+        if BLOCKS > 0:
+            start = tl.load(listed + i) * BK
         columns = start + tl.arange(0, BK)
         keys = _load(key, columns, d, KV_LENGTH, SIZE, BK, BD)
         scores = _score(query, keys, SCALE, SOFTCAP, PRECISION)
-        scores = _hide(scores, rows[:, None], columns[None, :], mask, LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW,
-                       EDGE)  # fmt: skip
+        scores = _hide(scores, rows[:, None], columns[None, :], mask, slope, offset, kv_length, segments, kv_segments, LENGTH,
+                       KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS, EDGE)  # fmt: skip
         highest = tl.maximum(top, tl.max(scores, 1))
         least = tl.where(highest == float("-inf"), 0.0, highest)  # of a query that has seen nothing
         weights = tl.exp2(scores - least[:, None])
@@ -102,35 +134,67 @@ def _attend(query, top, total, sums, rows, begin, end, key, value, mask,
 
 
 @triton.jit
-def forward(query, key, value, mask, out, log_total,
+def forward(query, key, value, mask, slopes, bounds, segments, kv_segments, sinks, blocks, out, log_total,
             LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
             HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
             WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr,
-            MASK_ROW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+            MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, BOUNDS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr,
+            SINKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
-    """The attention of a block of queries, and the logarithm (base 2) of what its weights were divided by."""
-    blocks: tl.constexpr = (LENGTH + BQ - 1) // BQ
-    block = tl.program_id(0) % blocks
+    """The attention of a block of queries, and the logarithm (base 2) of what its weights were divided by.
+
+    `sinks [HEADS]` are further scores, without a value (SINKS).
+    """
+    count: tl.constexpr = (LENGTH + BQ - 1) // BQ
+    block = tl.program_id(0) % count
     if CAUSAL:
-        block = blocks - 1 - block  # the longest first
-    head = (tl.program_id(0) // blocks).to(tl.int64)
+        block = count - 1 - block  # the longest first
+    head = (tl.program_id(0) // count).to(tl.int64)
     rows, d, v = block * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
     queries = _load(query + head * LENGTH * SIZE, rows, d, LENGTH, SIZE, BQ, BD)
     key += head // GROUP * KV_LENGTH * SIZE
     value += head // GROUP * KV_LENGTH * VALUE_SIZE
-    mask += head // HEADS * MASK_BATCH + head % HEADS * MASK_HEAD
+    mask, slope, offset, kv_length, segments, kv_segments = _of_head(
+        head,
+        mask,
+        slopes,
+        bounds,
+        segments,
+        kv_segments,
+        LENGTH,
+        KV_LENGTH,
+        HEADS,
+        MASK_BATCH,
+        MASK_HEAD,
+        SLOPES,
+        BOUNDS,
+    )
     top = tl.full([BQ], float("-inf"), tl.float32)
     total = tl.zeros([BQ], tl.float32)
     sums = tl.zeros([BQ, BV], tl.float32)
-    begin, whole, end = _keys_in_sight(block * BQ, KV_LENGTH, CAUSAL, WINDOW, BQ, BK)
-    if WINDOW == 0:
+    listed = blocks + block * BLOCKS
+    if BLOCKS > 0:
+        begin, whole, end = 2, 2 + tl.load(listed), 2 + tl.load(listed + 1)
+    else:
+        begin, whole, end = _keys_in_sight(block * BQ + offset, kv_length, CAUSAL, WINDOW, BQ, BK)
+    if WINDOW == 0 or BLOCKS > 0:
         top, total, sums = _attend(
-            queries, top, total, sums, rows, begin, whole, key, value, mask, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE,
-            SOFTCAP, CAUSAL, WINDOW, MASK, MASK_ROW, BK, BD, BV, PRECISION, False)  # fmt: skip
-    if CAUSAL or WINDOW > 0 or KV_LENGTH % BK != 0:
+            queries, top, total, sums, rows, begin, whole, key, value, mask, slope, offset, kv_length, segments, kv_segments,
+            listed, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE, SOFTCAP, CAUSAL, WINDOW, 0 if BLOCKS > 0 else MASK, MASK_ROW,
+            SLOPES, SEGMENTS, BLOCKS, BK, BD, BV, PRECISION, False)  # fmt: skip
+    if CAUSAL or WINDOW > 0 or BOUNDS or BLOCKS > 0 or KV_LENGTH % BK != 0:
         top, total, sums = _attend(
-            queries, top, total, sums, rows, whole, end, key, value, mask, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE,
-            SOFTCAP, CAUSAL, WINDOW, MASK, MASK_ROW, BK, BD, BV, PRECISION, True)  # fmt: skip
+            queries, top, total, sums, rows, whole, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
+            listed, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE, SOFTCAP, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+            BLOCKS, BK, BD, BV, PRECISION, True)  # fmt: skip
+    if SINKS:
+        sink = tl.load(sinks + head % HEADS) * LOG2_E
+        highest = tl.maximum(top, sink)
+        least = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink = tl.exp2(top - least)
+        total = total * shrink + tl.exp2(sink - least)
+        sums = sums * shrink[:, None]
+        top = highest
     sums = sums / tl.where(total == 0, 1.0, total)[:, None]
     _store(out + head * LENGTH * VALUE_SIZE, rows, v, sums, LENGTH, VALUE_SIZE)
     logs = tl.where(total == 0, float("inf"), top + tl.log2(total))  # of a query that sees nothing, no weight
@@ -138,63 +202,97 @@ def forward(query, key, value, mask, out, log_total,
 
 
 @triton.jit
-def backward_keys(query, key, value, mask, gradient, log_total, delta, key_gradient, value_gradient,
-                  LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-                  HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_BATCH: tl.constexpr,
-                  MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-                  BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _by_scores(weights, by_weights, deltas, unmasked, SOFTCAP: tl.constexpr):
+    """The gradient by scores, given that by weights, and each query's sum of both."""
+    by_scores = weights * (by_weights - deltas)
+    if SOFTCAP > 0:
+        capped = unmasked / (SOFTCAP * LOG2_E)
+        by_scores *= 1.0 - capped * capped
+    return by_scores
+
+
+@triton.jit
+def backward_keys(query, key, value, mask, slopes, bounds, segments, kv_segments, blocks, gradient, log_total, delta,
+                  key_gradient, value_gradient, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr,
+                  VALUE_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+                  SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+                  MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, SLOPES: tl.constexpr,
+                  BOUNDS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+                  BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradients by a block of keys and of values, summed over the query heads that share them."""
-    blocks: tl.constexpr = (KV_LENGTH + BK - 1) // BK
-    block = tl.program_id(0) % blocks
-    kv_head = (tl.program_id(0) // blocks).to(tl.int64)
+    count: tl.constexpr = (KV_LENGTH + BK - 1) // BK
+    block = tl.program_id(0) % count
+    kv_head = (tl.program_id(0) // count).to(tl.int64)
     columns, d, v = block * BK + tl.arange(0, BK), tl.arange(0, BD), tl.arange(0, BV)
     keys = _load(key + kv_head * KV_LENGTH * SIZE, columns, d, KV_LENGTH, SIZE, BK, BD)
     values = _load(value + kv_head * KV_LENGTH * VALUE_SIZE, columns, v, KV_LENGTH, VALUE_SIZE, BK, BV)
     by_keys = tl.zeros([BK, BD], tl.float32)
     by_values = tl.zeros([BK, BV], tl.float32)
-    begin, end = 0, LENGTH
-    if CAUSAL:
-        begin = block * BK // BQ * BQ
-    if WINDOW > 0:
-        begin = tl.maximum(begin, block * BK - WINDOW + 1) // BQ * BQ
-        end = tl.minimum(end, (block + 1) * BK + WINDOW - 1)
     for shared in range(GROUP):
         head = kv_head * GROUP + shared
-        hidden = mask + head // HEADS * MASK_BATCH + head % HEADS * MASK_HEAD
-        for start in range(begin, end, BQ):
+        hidden, slope, offset, kv_length, of_rows, of_columns = _of_head(
+            head,
+            mask,
+            slopes,
+            bounds,
+            segments,
+            kv_segments,
+            LENGTH,
+            KV_LENGTH,
+            HEADS,
+            MASK_BATCH,
+            MASK_HEAD,
+            SLOPES,
+            BOUNDS,
+        )
+        begin, end = offset * 0, offset * 0 + LENGTH
+        if CAUSAL:
+            begin = tl.maximum(block * BK - offset, 0) // BQ * BQ
+        if WINDOW > 0:
+            begin = tl.maximum(begin, block * BK - WINDOW + 1 - offset) // BQ * BQ
+            end = tl.minimum(end, (block + 1) * BK + WINDOW - 1 - offset)
+        if BOUNDS:
+            end = tl.where(block * BK < kv_length, end, 0)
+        listed = blocks + block * BLOCKS
+        if BLOCKS > 0:
+            begin, end = 2, 2 + tl.load(listed + 1)
+        for i in range(begin, end, 1 if BLOCKS > 0 else BQ):
+            start = i
+            if BLOCKS > 0:
+                start = tl.load(listed + i) * BQ
             rows = start + tl.arange(0, BQ)
             queries = _load(query + head * LENGTH * SIZE, rows, d, LENGTH, SIZE, BQ, BD)
             cotangents = _load(gradient + head * LENGTH * VALUE_SIZE, rows, v, LENGTH, VALUE_SIZE, BQ, BV)
             logs = tl.load(log_total + head * LENGTH + rows, rows < LENGTH, float("inf"))  # no weight beyond the end
             deltas = tl.load(delta + head * LENGTH + rows, rows < LENGTH, 0.0)
             unmasked = _score(keys, queries, SCALE, SOFTCAP, PRECISION)
-            scores = _hide(unmasked, rows[None, :], columns[:, None], hidden, LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK,
-                           MASK_ROW, CAUSAL or WINDOW > 0 or KV_LENGTH % BK != 0)  # fmt: skip
+            scores = _hide(
+                unmasked, rows[None, :], columns[:, None], hidden, slope, offset, kv_length, of_rows, of_columns, LENGTH,
+                KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+                CAUSAL or WINDOW > 0 or BOUNDS or KV_LENGTH % BK != 0)  # fmt: skip
             weights = tl.exp2(scores - logs[None, :])
             by_values = tl.dot(weights.to(cotangents.dtype), cotangents, by_values, input_precision=PRECISION)
-            by_scores = weights * (tl.dot(values, tl.trans(cotangents), input_precision=PRECISION) - deltas[None, :])
-            if SOFTCAP > 0:
-                capped = unmasked / (SOFTCAP * LOG2_E)
-                by_scores *= 1.0 - capped * capped
+            by_weights = tl.dot(values, tl.trans(cotangents), input_precision=PRECISION)
+            by_scores = _by_scores(weights, by_weights, deltas[None, :], unmasked, SOFTCAP)
             by_keys = tl.dot(by_scores.to(queries.dtype), queries, by_keys, input_precision=PRECISION)
     _store(key_gradient + kv_head * KV_LENGTH * SIZE, columns, d, by_keys * SCALE, KV_LENGTH, SIZE)
     _store(value_gradient + kv_head * KV_LENGTH * VALUE_SIZE, columns, v, by_values, KV_LENGTH, VALUE_SIZE)
 
 
 @triton.jit
-def backward_queries(query, key, value, mask, gradient, log_total, delta, query_gradient,
-                     LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-                     HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-                     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_BATCH: tl.constexpr,
-                     MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+def backward_queries(query, key, value, mask, slopes, bounds, segments, kv_segments, blocks, gradient, log_total, delta,
+                     query_gradient, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr,
+                     VALUE_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
+                     SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+                     MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, SLOPES: tl.constexpr,
+                     BOUNDS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
                      BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradients by a block of queries."""
-    blocks: tl.constexpr = (LENGTH + BQ - 1) // BQ
-    block = tl.program_id(0) % blocks
+    count: tl.constexpr = (LENGTH + BQ - 1) // BQ
+    block = tl.program_id(0) % count
     if CAUSAL:
-        block = blocks - 1 - block
-    head = (tl.program_id(0) // blocks).to(tl.int64)
+        block = count - 1 - block
+    head = (tl.program_id(0) // count).to(tl.int64)
     rows, d, v = block * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
     queries = _load(query + head * LENGTH * SIZE, rows, d, LENGTH, SIZE, BQ, BD)
     cotangents = _load(gradient + head * LENGTH * VALUE_SIZE, rows, v, LENGTH, VALUE_SIZE, BQ, BV)
@@ -202,20 +300,92 @@ def backward_queries(query, key, value, mask, gradient, log_total, delta, query_
     deltas = tl.load(delta + head * LENGTH + rows, rows < LENGTH, 0.0)
     key += head // GROUP * KV_LENGTH * SIZE
     value += head // GROUP * KV_LENGTH * VALUE_SIZE
-    mask += head // HEADS * MASK_BATCH + head % HEADS * MASK_HEAD
+    mask, slope, offset, kv_length, segments, kv_segments = _of_head(
+        head,
+        mask,
+        slopes,
+        bounds,
+        segments,
+        kv_segments,
+        LENGTH,
+        KV_LENGTH,
+        HEADS,
+        MASK_BATCH,
+        MASK_HEAD,
+        SLOPES,
+        BOUNDS,
+    )
     by_queries = tl.zeros([BQ, BD], tl.float32)
-    begin, _, end = _keys_in_sight(block * BQ, KV_LENGTH, CAUSAL, WINDOW, BQ, BK)
-    for start in range(begin, end, BK):
+    listed = blocks + block * BLOCKS
+    if BLOCKS > 0:
+        begin, end = 2, 2 + tl.load(listed + 1)
+    else:
+        begin, _, end = _keys_in_sight(block * BQ + offset, kv_length, CAUSAL, WINDOW, BQ, BK)
+    for i in range(begin, end, 1 if BLOCKS > 0 else BK):
+        start = i
+        if BLOCKS > 0:
+            start = tl.load(listed + i) * BK
         columns = start + tl.arange(0, BK)
         keys = _load(key, columns, d, KV_LENGTH, SIZE, BK, BD)
         values = _load(value, columns, v, KV_LENGTH, VALUE_SIZE, BK, BV)
         unmasked = _score(queries, keys, SCALE, SOFTCAP, PRECISION)
-        scores = _hide(unmasked, rows[:, None], columns[None, :], mask, LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW,
-                       CAUSAL or WINDOW > 0 or KV_LENGTH % BK != 0)  # fmt: skip
+        scores = _hide(unmasked, rows[:, None], columns[None, :], mask, slope, offset, kv_length, segments, kv_segments,
+                       LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+                       CAUSAL or WINDOW > 0 or BOUNDS or KV_LENGTH % BK != 0)  # fmt: skip
         weights = tl.exp2(scores - logs[:, None])
-        by_scores = weights * (tl.dot(cotangents, tl.trans(values), input_precision=PRECISION) - deltas[:, None])
-        if SOFTCAP > 0:
-            capped = unmasked / (SOFTCAP * LOG2_E)
-            by_scores *= 1.0 - capped * capped
+        by_weights = tl.dot(cotangents, tl.trans(values), input_precision=PRECISION)
+        by_scores = _by_scores(weights, by_weights, deltas[:, None], unmasked, SOFTCAP)
         by_queries = tl.dot(by_scores.to(keys.dtype), keys, by_queries, input_precision=PRECISION)
     _store(query_gradient + head * LENGTH * SIZE, rows, d, by_queries * SCALE, LENGTH, SIZE)
+
+
+@triton.jit
+def backward_mask(query, key, value, mask, slopes, bounds, segments, kv_segments, gradient, log_total, delta, mask_gradient,
+                  LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+                  HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_BATCH: tl.constexpr,
+                  MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, BOUNDS: tl.constexpr,
+                  SEGMENTS: tl.constexpr, BATCHES: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+                  BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradients by a block of a mask of numbers, `[batch or 1, heads or 1, LENGTH, KV_LENGTH]`, summed over the batches, of
+    which there are BATCHES, and the heads that share it."""
+    wide: tl.constexpr = (KV_LENGTH + BK - 1) // BK
+    count: tl.constexpr = (LENGTH + BQ - 1) // BQ * wide
+    of_heads: tl.constexpr = HEADS if MASK_HEAD > 0 else 1
+    shared_heads: tl.constexpr = HEADS // of_heads
+    shared_batches: tl.constexpr = 1 if MASK_BATCH > 0 else BATCHES
+    block = tl.program_id(0) % count
+    part = (tl.program_id(0) // count).to(tl.int64)
+    rows, d = block // wide * BQ + tl.arange(0, BQ), tl.arange(0, BD)
+    columns, v = block % wide * BK + tl.arange(0, BK), tl.arange(0, BV)
+    by_mask = tl.zeros([BQ, BK], tl.float32)
+    for shared in range(shared_batches * shared_heads):
+        batch = part // of_heads + shared // shared_heads
+        head = batch * HEADS + part % of_heads + shared % shared_heads
+        added, slope, offset, kv_length, of_rows, of_columns = _of_head(
+            head,
+            mask,
+            slopes,
+            bounds,
+            segments,
+            kv_segments,
+            LENGTH,
+            KV_LENGTH,
+            HEADS,
+            MASK_BATCH,
+            MASK_HEAD,
+            SLOPES,
+            BOUNDS,
+        )
+        queries = _load(query + head * LENGTH * SIZE, rows, d, LENGTH, SIZE, BQ, BD)
+        cotangents = _load(gradient + head * LENGTH * VALUE_SIZE, rows, v, LENGTH, VALUE_SIZE, BQ, BV)
+        keys = _load(key + head // GROUP * KV_LENGTH * SIZE, columns, d, KV_LENGTH, SIZE, BK, BD)
+        values = _load(value + head // GROUP * KV_LENGTH * VALUE_SIZE, columns, v, KV_LENGTH, VALUE_SIZE, BK, BV)
+        logs = tl.load(log_total + head * LENGTH + rows, rows < LENGTH, float("inf"))
+        deltas = tl.load(delta + head * LENGTH + rows, rows < LENGTH, 0.0)
+        scores = _hide(_score(queries, keys, SCALE, SOFTCAP, PRECISION), rows[:, None], columns[None, :], added, slope, offset,
+                       kv_length, of_rows, of_columns, LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+                       True)  # fmt: skip
+        by_weights = tl.dot(cotangents, tl.trans(values), input_precision=PRECISION)
+        by_mask += tl.exp2(scores - logs[:, None]) * (by_weights - deltas[:, None])
+    _store(mask_gradient + part * LENGTH * KV_LENGTH, rows, columns, by_mask, LENGTH, KV_LENGTH)

@@ -48,6 +48,8 @@ class Pattern:
             residual), whose further gradient the kernel then adds.
         among: operations, one of which every spelling has (`exponential`): modules without are not searched. Empty for any.
         platforms: where it is looked for; empty for wherever its kernels are.
+        mask: the place of an array that hides scores, `[..., length, kv_length]`, or None. Where no input decides it,
+            `replace` is told what it is by one keyword more, `visible` (see `kernels.visible`).
         with_gradient_alone: whether it is looked for with its gradient alone, since forward a compiler does as well.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
             and the gradients by every array that is not constant. The cotangent may be a scalar, alike everywhere. With
@@ -73,6 +75,7 @@ class Pattern:
     stacked: tuple[int, ...] = ()
     among: tuple[str, ...] = ()
     platforms: tuple[str, ...] = ()
+    mask: int | None = None
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
@@ -220,6 +223,7 @@ def builtin(
     stacked: tuple[int, ...] = (),
     among: tuple[str, ...] = (),
     platforms: tuple[str, ...] = (),
+    mask: int | None = None,
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
@@ -245,6 +249,7 @@ def builtin(
             stacked=stacked,
             among=among,
             platforms=platforms,
+            mask=mask,
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
-from kpx.passes import canonicalize, pairs, precision, skeletons
+from kpx.passes import canonicalize, known_masks, pairs, precision, skeletons
 from kpx.passes.composites import Device, replacement
 from kpx.passes.shardings import Shardings
 from kpx.passes.spread import Spread, spread_of
@@ -29,7 +30,7 @@ from kpx.passes.spread import Spread, spread_of
 _FREE = {"constant", "iota", "convert", "broadcast_in_dim", "reshape"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Match:
     """A pattern in a module: its inputs, what it gives, its ops, operands first, and its constants.
 
@@ -41,7 +42,7 @@ class Match:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     ops: tuple[Any, ...]
-    numbers: dict[str, float]
+    numbers: dict[str, Any]
     gain: int
 
     @property
@@ -73,7 +74,7 @@ def fuse(
     with module.context, ir.Location.unknown():
         taken: set[Value] = set()
         replaced: dict[Value, Value] = {}
-        for match in sorted(_matches(module, device.platform, disabled), key=lambda match: -match.gain):
+        for match in _described(module, sorted(_matches(module, device.platform, disabled), key=lambda m: -m.gain)):
             touched = {r for op in match.ops for r in op.results if not _is_free(op)}
             spread = None if shardings is None else spread_of(match.base, match.inputs, shardings)
             if touched & taken or (shardings is not None and spread is None):
@@ -97,6 +98,18 @@ def fuse(
         erase_dead(module)
         m.run_passes(module, "cse")
     return counts
+
+
+def _described(module: ir.Module, matches: list[Match]) -> list[Match]:
+    """Matches, and of their masks what is known already."""
+    masks = {match: match.inputs[match.base.mask] for match in matches if match.base.mask is not None}
+    known = known_masks.describe(module, list(masks.values()))
+    return [
+        dataclasses.replace(match, numbers=match.numbers | {"visible": known[masks[match]]})
+        if match in masks and masks[match] in known
+        else match
+        for match in matches
+    ]
 
 
 def _spliced(
@@ -278,7 +291,10 @@ def _composite(module: ir.Module, match: Match, inputs: Sequence[Value]) -> list
     name = registry.PREFIX + match.pattern.name
     symbol = outline(module, name, match.inputs, match.outputs, match.ops)
     before = m.producer(match.outputs[0])
-    attributes = {key: ir.FloatAttr.get(ir.F64Type.get(), number) for key, number in match.numbers.items()}
+    attributes = {
+        key: ir.StringAttr.get(number) if isinstance(number, str) else ir.FloatAttr.get(ir.F64Type.get(), number)
+        for key, number in match.numbers.items()
+    }
     with ir.InsertionPoint(before.operation), before.operation.location:
         made = stablehlo.CompositeOp(
             [v.type for v in match.outputs],

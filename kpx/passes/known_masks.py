@@ -7,7 +7,7 @@ those that hide nothing become true, which attention's patterns know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +16,11 @@ import numpy as np
 from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.module import Value, func, ir, stablehlo
+from kpx.kernels import visible
 
 _MOST = 1 << 26  # positions of a mask that is evaluated: 8192 by 8192
 _LEAST = 4
+_LOW = -1e4  # what is added to a score less than this hides it
 # What gives another result each time, or has others take part.
 _OPEN = ("rng", "custom_call", "composite", "while", "case", "if", "all_", "collective", "partition_id", "replica_id",
          "reduce_scatter", "infeed", "outfeed", "send", "recv", "optimization_barrier")  # fmt: skip
@@ -37,6 +39,29 @@ def simplify(module: ir.Module) -> int:
     return replaced
 
 
+def describe(module: ir.Module, values: Sequence[Value]) -> dict[Value, str]:
+    """Of masks of a module's `main`, bools or numbers that are added, what kernels gain by knowing (see `kernels.visible`);
+    those that inputs decide, or that are not alike for all batches and heads, are left out."""
+    closed, found = _closed(module), {}
+    bare = {v: _before_broadcast(v) for v in values if v in closed and _has_positions(v)}
+    needed = list(dict.fromkeys(bare.values()))
+    known = dict(zip(needed, map(_described, _evaluate(module, needed)), strict=True))
+    for value, alone in bare.items():
+        if known[alone]:
+            found[value] = known[alone]
+    return found
+
+
+def _described(array: np.ndarray) -> str:
+    masks = array.reshape(-1, *array.shape[-2:])
+    if masks.dtype != bool:
+        hidden = masks != 0
+        if not (masks[hidden] < _LOW).all() or not (hidden.any() and (~hidden).any(-1).all()):
+            return ""
+        masks = ~hidden
+    return visible.describe(masks[0]) if (masks == masks[:1]).all() else ""
+
+
 def is_by_position(value: Value) -> bool:
     """Whether a mask is what `simplify` writes: true everywhere, or a comparison of positions."""
     if m.splat(value) is True:
@@ -46,17 +71,20 @@ def is_by_position(value: Value) -> bool:
     return isinstance(op, stablehlo.CompareOp) and all(m.producer(v, stablehlo.IotaOp) is not None for v in op.operands)
 
 
+def _closed(module: ir.Module) -> set[Value]:
+    """The values of a module's `main` that no input decides."""
+    closed: set[Value] = set()
+    for op in m.entry_block(m.main(module)).operations:
+        name = op.operation.name.removeprefix("stablehlo.")
+        if name != op.operation.name and not name.startswith(_OPEN) and all(o in closed for o in op.operands):
+            closed.update(op.results)
+    return closed
+
+
 def _masks(module: ir.Module) -> Iterator[Value]:
     """Bools over two dimensions of positions that are used by what inputs decide, and are not decided by any."""
-    closed: set[Value] = set()
-    block = m.entry_block(m.main(module))
-    for op in block.operations:
-        name = op.operation.name.removeprefix("stablehlo.")
-        if name == op.operation.name or name.startswith(_OPEN):
-            continue
-        if all(operand in closed for operand in op.operands):
-            closed.update(op.results)
-    for op in block.operations:
+    closed = _closed(module)
+    for op in m.entry_block(m.main(module)).operations:
         for value in op.results:
             if value not in closed or not _is_mask(value) or is_by_position(value):
                 continue
@@ -68,7 +96,7 @@ def _before_broadcast(value: Value) -> Value:
     """A mask before it is repeated for batches and heads."""
     while (op := m.producer(value, stablehlo.BroadcastInDimOp)) is not None:
         last = [m.rank(value) - 2, m.rank(value) - 1]
-        if not _is_mask(op.operand) or m.integers(op.broadcast_dimensions)[-2:] != last:
+        if not _has_positions(op.operand) or m.integers(op.broadcast_dimensions)[-2:] != last:
             break
         if m.shape(op.operand)[-2:] != m.shape(value)[-2:]:
             break
@@ -77,13 +105,11 @@ def _before_broadcast(value: Value) -> Value:
 
 
 def _is_mask(value: Value) -> bool:
-    shape = m.shape(value)
-    return (
-        m.element_type(value) == "i1"
-        and m.rank(value) >= 2
-        and min(shape[-2:]) > 1
-        and _LEAST <= m.size(value) <= _MOST
-    )
+    return m.element_type(value) == "i1" and _has_positions(value)
+
+
+def _has_positions(value: Value) -> bool:
+    return m.rank(value) >= 2 and min(m.shape(value)[-2:]) > 1 and _LEAST <= m.size(value) <= _MOST
 
 
 def _evaluate(module: ir.Module, values: list[Value]) -> list[np.ndarray]:

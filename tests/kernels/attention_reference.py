@@ -17,20 +17,26 @@ def both(function, *arrays):
     return [out, *pull(arrays[-1])]
 
 
-def check(kernel, arrays, *, relative=2e-6, hidden=None, added=None, **given):
+def check(kernel, arrays, *, relative=2e-6, hidden=None, added=None, fixed=None, variable=None, **given):
     """Results and gradients of a kernel are no farther from f64 than those of plain attention; gives the kernel's.
 
     Args:
         arrays: queries, keys, values and the result's cotangent.
         hidden: bools, False where a key is hidden. `added`: numbers instead, which are differentiated too.
+        fixed: further arrays by name, as the kernel takes them; and `variable`, which are differentiated.
     """
     *arrays, cotangent = arrays
-    given = {"scale": arrays[0].shape[-1] ** -0.5, "causal": False, **given}
-    masks = [] if hidden is None else [hidden]
-    inputs = [*arrays, *([] if added is None else [added]), cotangent]
+    fixed, variable = dict(fixed or {}), dict(variable or {})
+    fixed |= {} if hidden is None else {"mask": hidden}
+    variable |= {} if added is None else {"mask": added}
+    given = {"scale": arrays[0].shape[-1] ** -0.5, "causal": False, "given": " ".join([*fixed, *variable]), **given}
+    inputs = [*arrays, *variable.values(), cotangent]
 
     def called(function):
-        return jax.jit(functools.partial(both, lambda *arrays: function(*arrays, *masks, **given)))
+        def results(q, k, v, *rest):
+            return function(q, k, v, *fixed.values(), *rest, **given)
+
+        return jax.jit(functools.partial(both, results))
 
     plain = called(attention_kernel.decomposition)
     ours, theirs = called(kernel)(*inputs), plain(*inputs)
@@ -39,3 +45,22 @@ def check(kernel, arrays, *, relative=2e-6, hidden=None, added=None, **given):
     for made, other, reference in zip(ours, theirs, exact, strict=True):
         assert_closer(made, other, reference, relative=relative)
     return ours
+
+
+def banded(length, kv_length=None):
+    """A mask of blocks: what is near, and the first 32 keys for everyone."""
+    row, column = np.arange(length)[:, None], np.arange(kv_length or length)
+    return (abs(row - column) < 24) | (column < 32) & (row > 0)
+
+
+def further(batch, heads, length, kv_length, seed=0):
+    """Arrays that attention may be given, by name."""
+    rng = np.random.default_rng(seed)
+    return {
+        "sinks": rng.standard_normal(heads).astype(np.float32),
+        "slopes": (2.0 ** -rng.uniform(1, 6, heads)).astype(np.float32),
+        "kv_lengths": rng.integers(0, kv_length + 1, batch).astype(np.int32),
+        "offset": rng.integers(0, kv_length, batch).astype(np.int32),
+        "segments": np.sort(rng.integers(0, 4, (batch, length)), 1).astype(np.int32),
+        "kv_segments": np.sort(rng.integers(0, 4, (batch, kv_length)), 1).astype(np.int32),
+    }

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kpx.kernels import visible
 from kpx.kernels.attention_tpu import interpreted
-from tests.kernels.attention_reference import check
+from tests.kernels.attention_reference import banded, check, further
 
 # Batch, heads, heads of keys, length, keys, size; and what is computed.
 CASES = {
@@ -47,3 +48,35 @@ def test_keys_that_bools_hide_have_no_weight_and_a_query_that_sees_none_is_zero(
     out, by_query, _, _ = check(interpreted, _arrays((2, 4, 2, length, length, 64), np.float32), hidden=seen, **given)
     assert not np.any(out[1])
     assert not np.any(by_query[1])
+
+
+FURTHER = {
+    "sinks": ("sinks", {"causal": True}),
+    "lengths": ("kv_lengths", {}),
+    "segments": ("segments", {}),
+    "segments, causal": ("segments", {"causal": True}),
+    "segments of keys": ("segments kv_segments", {"causal": True}),
+    "segments and lengths": ("segments kv_lengths", {"window": 40}),
+    "sinks and lengths": ("sinks kv_lengths", {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("length", [256, 245])
+@pytest.mark.parametrize("what", FURTHER)
+def test_results_and_gradients_are_those_of_attention_given(what, length):
+    names, given = FURTHER[what]
+    arrays = further(3, 4, length, length)
+    variable = {n: arrays[n] for n in names.split() if n == "sinks"}
+    fixed = {n: arrays[n] for n in names.split() if n not in variable}
+    check(interpreted, _arrays((3, 4, 2, length, length, 64), np.float32), fixed=fixed, variable=variable, relative=4e-6,
+          **given)  # fmt: skip
+
+
+@pytest.mark.parametrize("further_names", ["", "segments", "kv_lengths"])
+@pytest.mark.parametrize("length", [256, 245])
+def test_a_known_mask_is_taken_as_it_is(length, further_names):
+    seen = banded(length)
+    seen[7] = False
+    fixed = {n: further(2, 2, length, length)[n] for n in further_names.split()}
+    check(interpreted, _arrays((2, 2, 2, length, length, 64), np.float32), fixed={"mask": seen} | fixed, causal=True,
+          visible=visible.in_bits(seen))  # fmt: skip

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import kpx
+from kpx.kernels import visible
 from kpx.kernels.attention import attention, attention_kernel
 from kpx.kernels.attention_gpu import flash
-from tests.kernels.attention_reference import both, check
+from tests.kernels.attention_reference import banded, both, check, further
 
 pytest.importorskip("triton")
 
@@ -86,6 +87,46 @@ def test_keys_that_bools_hide_have_no_weight(shape):
 def test_numbers_that_are_added_have_gradients_too(shape):
     added = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     _check((2, 4, 2, 70, 70, 32, 32), added=added, causal=len(shape) == 2, softcap=3.0, relative=4e-6)
+
+
+FURTHER = {
+    "sinks": ("sinks", {"causal": True}),
+    "slopes": ("slopes", {"causal": True}),
+    "slopes, looking ahead": ("slopes", {}),
+    "lengths": ("kv_lengths", {}),
+    "first positions": ("offset", {"causal": True}),
+    "first positions and a window": ("offset", {"causal": True, "window": 9}),
+    "first positions and a window that looks ahead": ("offset", {"window": 9}),
+    "lengths and first positions": ("kv_lengths offset", {"causal": True}),
+    "segments": ("segments kv_segments", {}),
+    "segments, causal": ("segments kv_segments", {"causal": True}),
+    "all": ("sinks slopes kv_lengths offset segments kv_segments", {"causal": True, "softcap": 3.0}),
+}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("what", FURTHER)
+def test_results_and_gradients_are_those_of_attention_given(what, platform):
+    names, given = FURTHER[what]
+    arrays = further(3, 4, 90, 150)
+    variable = {n: arrays[n] for n in names.split() if n in ("sinks", "slopes")}
+    fixed = {n: arrays[n] for n in names.split() if n not in variable}
+    _check((3, 4, 2, 90, 150, 32, 32), platform=platform, fixed=fixed, variable=variable, relative=4e-6, **given)
+
+
+@pytest.mark.parametrize("given", [{}, {"causal": True}, {"softcap": 2.0, "window": 60}], ids=str)
+@pytest.mark.parametrize("lengths", [(300, 300), (130, 270)])
+def test_blocks_that_a_known_mask_hides_are_skipped_and_nothing_else(lengths, given):
+    seen = banded(*lengths)
+    _check((2, 4, 2, *lengths, 32, 32), hidden=seen, visible=visible.in_bits(seen), **given)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_of_random_masks_are_skipped_and_nothing_else(seed):
+    coarse = np.random.default_rng(seed).random((7, 8)) < 0.3
+    seen = np.kron(coarse, np.ones((32, 20), bool))
+    seen[5] = False
+    _check((1, 2, 1, *seen.shape, 16, 16), hidden=seen, visible=visible.in_bits(seen), platform="rocm")
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():

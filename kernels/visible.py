@@ -1,0 +1,86 @@
+"""Masks that are known while compiling, in words: what a kernel can skip is read off them.
+
+A description is "" for an unknown mask, "all", "causal", "window 128", "causal window 128", or "bits " and the mask itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+_BLOCK = 128
+_MOST_BLOCKS = 0.75  # of those that a causal mask, or none, would have computed; above, skipping is not worth lists
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What is known of a mask: attributes, and where these do not say it all, the mask itself in bits."""
+
+    causal: bool = False
+    window: int = 0
+    bits: str = ""
+
+
+def describe(mask: np.ndarray) -> str:
+    """What a mask `[length, kv_length]` of bools is, in words; "" where kernels gain nothing by knowing it."""
+    if mask.all():
+        return "all"
+    length, kv_length = mask.shape
+    earlier = np.tri(length, kv_length, dtype=bool)
+    causal = not (mask & ~earlier).any()
+    seen = earlier if causal else np.ones_like(mask)
+    if np.array_equal(mask, seen):
+        return "causal"
+    row, some = np.arange(length), mask.any(1)
+    first, last = mask.argmax(1), kv_length - 1 - mask[:, ::-1].argmax(1)
+    far = int(np.maximum(row - first, last - row)[some].max(initial=0)) + 1
+    near = np.tri(length, kv_length, far - 1, dtype=bool) & ~np.tri(length, kv_length, -far, dtype=bool)
+    if np.array_equal(mask, seen & near):
+        return f"{'causal ' if causal else ''}window {far}"
+    needed = blocks(mask, _BLOCK, _BLOCK) > 0
+    otherwise = blocks(seen, _BLOCK, _BLOCK) > 0
+    if needed.sum() > _MOST_BLOCKS * otherwise.sum():
+        return ""
+    return in_bits(mask)
+
+
+def in_bits(mask: np.ndarray) -> str:
+    """A mask itself, as a description."""
+    return "bits " + base64.b85encode(zlib.compress(np.packbits(mask).tobytes(), 9)).decode()
+
+
+@functools.lru_cache(maxsize=64)
+def read(description: str) -> Visible | None:
+    """What a description says; None where it says nothing."""
+    if not description:
+        return None
+    words = description.split()
+    if words[0] == "bits":
+        return Visible(bits=words[1])
+    return Visible("causal" in words, int(words[-1]) if "window" in words else 0)
+
+
+@functools.lru_cache(maxsize=8)
+def mask_of(bits: str, shape: tuple[int, int]) -> np.ndarray:
+    """The mask `[length, kv_length]` that bits stand for."""
+    packed = np.frombuffer(zlib.decompress(base64.b85decode(bits)), np.uint8)
+    return np.unpackbits(packed, count=shape[0] * shape[1]).reshape(shape).astype(bool)
+
+
+def blocks(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Of each block of a mask: 0 where nothing is seen, 2 where all is, 1 otherwise. Beyond the mask's end nothing is."""
+    padded = np.pad(mask, [(0, -mask.shape[0] % rows), (0, -mask.shape[1] % columns)])
+    cut = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    return cut.any((1, 3)).astype(np.int8) + cut.all((1, 3))
+
+
+def lists(kinds: np.ndarray) -> np.ndarray:
+    """For each row of blocks: how many are whole, how many are seen at all, and which, whole ones first; i32."""
+    seen = kinds > 0
+    order = np.argsort(-kinds, axis=1, kind="stable")[:, : max(1, seen.sum(1).max(initial=0))]
+    counts = np.stack([(kinds == 2).sum(1), seen.sum(1)], 1)
+    return np.concatenate([counts, order], 1).astype(np.int32)
