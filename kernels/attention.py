@@ -27,8 +27,8 @@ ARRAYS = {
 
 @kernel("kpx.attention", version=3)
 def attention_kernel(
-    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible=""
-):  # `visible`: what is known of the mask (see `visible.describe`)
+    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, low=-np.inf, given="mask", visible=""
+):  # `low`: the score of what bools hide; `visible`: what is known of the mask (see `visible.describe`)
     further = named(arrays, given)
     *lead, heads, length, size = query.shape
     kv_heads, kv_length = key.shape[-3:-1]
@@ -39,7 +39,7 @@ def attention_kernel(
     scores = jax.lax.dot_general(query, key, (((last,), (last,)), (batch, batch)), preferred_element_type=dtype) * (
         scale.astype(dtype) if isinstance(scale, jax.Array) else np.asarray(scale, dtype)
     )  # traced, it is a pattern's
-    scores = masked(scores.reshape(*lead, heads, length, kv_length), further, causal, window, softcap)
+    scores = masked(scores.reshape(*lead, heads, length, kv_length), further, causal, window, softcap, low)
     if "sinks" in further:
         weights = _softmax_with_sinks(scores, further["sinks"].astype(dtype)[:, None, None])
     else:
@@ -54,8 +54,9 @@ def named(arrays, given: str) -> dict[str, Any]:
     return dict(zip(given.split(), arrays, strict=False))
 
 
-def masked(scores, further: dict[str, Any], causal: bool, window: int, softcap: float):
-    """Scores `[batch, heads, length, kv_length]`, capped, with what is added to them, and -inf where a key is not seen."""
+def masked(scores, further: dict[str, Any], causal: bool, window: int, softcap: float, lowest: float = -np.inf):
+    """Scores `[batch, heads, length, kv_length]`, capped, with what is added to them, and -inf where a key is not seen;
+    `lowest` where a mask of bools hides it."""
     dtype, low = scores.dtype, np.asarray(-np.inf, scores.dtype)
     if softcap:
         scores = jnp.tanh(scores / np.asarray(softcap, dtype)) * np.asarray(softcap, dtype)
@@ -74,7 +75,10 @@ def masked(scores, further: dict[str, Any], causal: bool, window: int, softcap: 
         scores = jnp.where(same[..., None, :, :], scores, low)
     if "mask" in further:
         mask = further["mask"]
-        scores = jnp.where(mask, scores, low) if mask.dtype == bool else scores + mask.astype(dtype)
+        if mask.dtype == bool:
+            scores = jnp.where(mask, scores, jnp.asarray(lowest, dtype))
+        else:
+            scores = scores + mask.astype(dtype)
     return scores
 
 

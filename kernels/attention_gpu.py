@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels import triton_call, visible
+from kpx.kernels import triton_call
 from kpx.kernels.attention import attention_kernel, in_sight, masked, named
+from kpx.kernels.visible import lists, mask_of, read
 
 _MOST_SIZE = 256
 _LEAST = 16  # rows and columns of a product on tensor cores
@@ -38,10 +39,13 @@ class Settings:
     causal: bool
     window: int
     softcap: float
+    low: float = -math.inf
     bits: str = ""
 
 
-def _supports(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible="") -> str | None:
+def _supports(
+    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, low=-math.inf, given="mask", visible=""
+) -> str | None:
     if (reason := triton_call.unavailable()) is not None:
         return reason
     if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -85,18 +89,27 @@ def backward_blocks(platform: str, row_bytes: int) -> Blocks:
 def sizes(query, key, value, further, settings: Settings, blocks: Blocks) -> dict[str, Any]:
     """The kernels' constants, of arrays `[heads of all batches, length, size]` and of those beside them (see `flash`)."""
     length, kv_length = query.shape[-2], key.shape[-2]
-    strides, mask = [0, 0, 0], further.get("mask")
-    if mask is not None:
+    rows, columns = min(blocks.queries, _power(length)), min(blocks.keys, _power(kv_length))
+    kind, strides = 0, [0, 0, 0]
+    if (mask := further.get("mask")) is not None:
         rest = [math.prod(mask.shape[axis + 1 :]) for axis in range(3)]
+        kind = 1 if mask.dtype == bool else 2
         strides = [stride if size > 1 else 0 for stride, size in zip(rest, mask.shape, strict=False)]
+    elif settings.bits:
+        kind, strides = 1, [0, 0, columns]  # a block's own mask
+    low = (
+        max(settings.low * math.log2(math.e), float(np.finfo(np.float32).min))
+        if settings.low > -math.inf
+        else -math.inf
+    )
     return {
         "LENGTH": length, "KV_LENGTH": kv_length, "SIZE": query.shape[-1], "VALUE_SIZE": value.shape[-1],
         "HEADS": settings.heads, "GROUP": query.shape[0] // key.shape[0], "SCALE": settings.scale,
         "SOFTCAP": settings.softcap, "CAUSAL": settings.causal, "WINDOW": settings.window,
-        "MASK": 0 if mask is None else 1 if mask.dtype == bool else 2,
+        "MASK": kind, "LOW": low,
         "MASK_BATCH": strides[0], "MASK_HEAD": strides[1], "MASK_ROW": strides[2],
         "SLOPES": "slopes" in further, "BOUNDS": "bounds" in further, "SEGMENTS": "segments" in further,
-        "BQ": min(blocks.queries, _power(length)), "BK": min(blocks.keys, _power(kv_length)),
+        "BQ": rows, "BK": columns,
         "BD": _power(query.shape[-1]), "BV": _power(value.shape[-1]),
         "PRECISION": "ieee" if settings.platform == "rocm" else "tf32",  # what XLA computes f32 products in
     }  # fmt: skip
@@ -116,17 +129,17 @@ def _operands(further: dict[str, Any], instead) -> list[Any]:
     return [further.get(name, instead) for name in ("mask", "slopes", "bounds", "segments", "kv_segments")]
 
 
-def _lists(settings: Settings, constants: dict[str, Any], by_keys: bool) -> tuple[list[Any], int]:
-    """Which blocks of a mask that is known are seen, as the kernels read it, and how many numbers each row has."""
+def _lists(settings: Settings, constants: dict[str, Any], further, instead, by_keys: bool = False):
+    """The arrays beside queries, keys and values, with lists of the blocks that are seen of a mask that is known last; and
+    how many numbers each list has."""
     if not settings.bits:
-        return [], 0
-    mask = visible.mask_of(settings.bits, (constants["LENGTH"], constants["KV_LENGTH"]))
+        return [*_operands(further, instead), instead], 0
+    mask = mask_of(settings.bits, (constants["LENGTH"], constants["KV_LENGTH"]))
     if settings.causal or settings.window:
         row, column = np.arange(mask.shape[0])[:, None], np.arange(mask.shape[1])
         mask = mask & in_sight(row, column, settings.causal, settings.window)
-    kinds = visible.blocks(mask, constants["BQ"], constants["BK"])
-    listed = visible.lists(kinds.T if by_keys else kinds)
-    return [jnp.asarray(listed)], listed.shape[1]
+    listed, parts = lists(mask, constants["BQ"], constants["BK"], by_columns=by_keys)
+    return [*_operands(further | {"mask": jnp.asarray(parts)}, instead), jnp.asarray(listed)], listed.shape[1]
 
 
 def _forward(query, key, value, further, settings):
@@ -139,10 +152,9 @@ def _forward(query, key, value, further, settings):
         jax.ShapeDtypeStruct((heads, length, value.shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((heads, length), jnp.float32),
     )
-    lists, numbers = _lists(settings, constants, by_keys=False)
+    (*operands, listed), numbers = _lists(settings, constants, further, query)
     out, log_total = triton_call.triton_call(
-        kernels.forward, query, key, value, *_operands(further, query), further.get("sinks", query), *(lists or [query]),
-        out=outputs, grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
+        kernels.forward, query, key, value, *operands, further.get("sinks", query), listed, out=outputs, grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
         SINKS="sinks" in further, **constants,
     )  # fmt: skip
     return out, (query, key, value, further, out, log_total)
@@ -157,23 +169,22 @@ def _backward(settings, saved, cotangent):
     constants = sizes(query, key, value, further, settings, blocks)
     call = functools.partial(triton_call.triton_call, warps=blocks.warps, stages=blocks.stages, **constants)
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (query, key, value)]
-    operands = query, key, value, *_operands(further, query)
     rest = cotangent, log_total, delta
     rows, columns = -(-query.shape[1] // constants["BQ"]), -(-key.shape[1] // constants["BK"])
-    lists, numbers = _lists(settings, constants, by_keys=True)
+    operands, numbers = _lists(settings, constants, further, query, by_keys=True)
     by_key, by_value = call(
-        kernels.backward_keys, *operands, *(lists or [query]), *rest, out=like[1:], grid=key.shape[0] * columns,
+        kernels.backward_keys, query, key, value, *operands, *rest, out=like[1:], grid=key.shape[0] * columns,
         BLOCKS=numbers,
     )  # fmt: skip
-    lists, numbers = _lists(settings, constants, by_keys=False)
+    operands, numbers = _lists(settings, constants, further, query)
     (by_query,) = call(
-        kernels.backward_queries, *operands, *(lists or [query]), *rest, out=like[:1], grid=query.shape[0] * rows,
+        kernels.backward_queries, query, key, value, *operands, *rest, out=like[:1], grid=query.shape[0] * rows,
         BLOCKS=numbers,
     )  # fmt: skip
     by_further = _by_others(query, key, value, further, cotangent, log_total, delta, settings)
     if (mask := further.get("mask")) is not None and mask.dtype != bool and mask.shape[-2] > 1:
         (by_further["mask"],) = call(
-            kernels.backward_mask, *operands, *rest, out=[jax.ShapeDtypeStruct(mask.shape, mask.dtype)],
+            kernels.backward_mask, query, key, value, *operands[:-1], *rest, out=[jax.ShapeDtypeStruct(mask.shape, mask.dtype)],
             grid=math.prod(mask.shape[:2]) * rows * columns, BATCHES=query.shape[0] // settings.heads,
         )  # fmt: skip
     return by_query, by_key, by_value, by_further
@@ -215,26 +226,25 @@ def _scores_gradient(query, key, value, further, cotangent, log_total, delta, se
     if (bounds := given.pop("bounds", None)) is not None:
         given |= {"offset": bounds[:, 0], "kv_lengths": bounds[:, 1]}
     scores = jnp.einsum("bhqd,bhkd->bhqk", wide[0], key) * settings.scale
-    scores = masked(scores, given, settings.causal, settings.window, settings.softcap)
-    weights = jnp.exp(scores - log_total[..., None])
+    scores = masked(scores, given, settings.causal, settings.window, settings.softcap, settings.low)
+    weights = jnp.where(scores <= settings.low, 0, jnp.exp(scores - log_total[..., None]))
     return weights * (jnp.einsum("bhqd,bhkd->bhqk", wide[1], value) - delta[..., None])
 
 
 _flash.defvjp(_forward, _backward)
 
 
-def settle(query, key, arrays, platform: str, scale, causal, window, softcap, given, known) -> tuple[Settings, dict]:
+def settle(
+    query, key, arrays, platform: str, *, scale, causal, window=0, softcap=0.0, low=-math.inf, given="mask", visible=""
+) -> tuple[Settings, dict[str, Any]]:
     """What kernels compute, and the arrays beside queries, keys and values as they take them: the mask with four dimensions
     (of size 1 where it is broadcast, less the last), first positions and lengths together as bounds, all by batch."""
     *lead, heads, length, _ = query.shape
     further, batch, kv_length = named(arrays, given), math.prod(lead), key.shape[-2]
     bits = ""
-    if (seen := visible.read(known)) is not None:
-        bits = seen.bits
-        if not bits:
-            del further["mask"]
-            causal = causal or seen.causal
-            window = min(window or seen.window, seen.window or window)
+    if (seen := read(visible)) is not None:
+        del further["mask"]
+        bits, causal, window = seen.bits, causal or seen.causal, min(window or seen.window, seen.window or window)
     if (mask := further.get("mask")) is not None:
         shape = (1,) * (query.ndim - mask.ndim) + mask.shape
         if any(size != 1 for size in shape[: len(lead)]):
@@ -250,14 +260,12 @@ def settle(query, key, arrays, platform: str, scale, causal, window, softcap, gi
         further["kv_segments"] = further.get("kv_segments", further["segments"]).reshape(batch, kv_length)
     for name in {"sinks", "slopes"} & further.keys():
         further[name] = further[name].astype(jnp.float32)
-    return Settings(platform, heads, float(scale), bool(causal), int(window), float(softcap), bits), further
+    return Settings(platform, heads, float(scale), bool(causal), int(window), float(softcap), float(low), bits), further
 
 
-def flash(
-    query, key, value, *arrays, platform, scale, causal, window=0, softcap=0.0, given="mask", visible=""
-):  # as `attention_kernel` takes them
+def flash(query, key, value, *arrays, platform, **attributes):
     """Never holds the scores: blocks of them are computed, used and forgotten, and computed again for the gradient."""
-    settings, further = settle(query, key, arrays, platform, scale, causal, window, softcap, given, visible)
+    settings, further = settle(query, key, arrays, platform, **attributes)
     flat_query, flat_key, flat_value = (a.reshape(-1, *a.shape[-2:]) for a in (query, key, value))
     out = _flash(flat_query, flat_key, flat_value, further, settings)
     return out.reshape(*query.shape[:-1], value.shape[-1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels.attention import attention, attention_kernel
+from kpx.kernels.attention import attention_kernel
 from kpx.kernels.patterns import builtin
 
 # Products of queries and keys, and of weights and values, by the place of the heads.
@@ -46,16 +48,17 @@ def _visible(scores):
 
 # Of each inner tuple, one skeleton.
 _MASKED: dict[str, tuple[tuple[Callable, ...], ...]] = {
-    "full": ((lambda scores, low: scores,),),
+    "full": ((lambda scores, low, mask: scores,),),
     "causal": (
         (
-            lambda scores, low: jnp.where(_visible(scores), scores, jnp.asarray(low, scores.dtype)),
-            lambda scores, low: jnp.where(
+            lambda scores, low, mask: jnp.where(_visible(scores), scores, jnp.asarray(low, scores.dtype)),
+            lambda scores, low, mask: jnp.where(
                 np.tri(*scores.shape[-2:], dtype=bool), scores, jnp.asarray(low, scores.dtype)
             ),
         ),
-        (lambda scores, low: scores + jnp.where(_visible(scores), 0, jnp.asarray(low, scores.dtype)),),
+        (lambda scores, low, mask: scores + jnp.where(_visible(scores), 0, jnp.asarray(low, scores.dtype)),),
     ),
+    "hidden": ((lambda scores, low, mask: jnp.where(mask, scores, jnp.asarray(low, scores.dtype)),),),
 }
 
 
@@ -81,80 +84,125 @@ def _wide(array):
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _spelling(layout: str, scaled: Callable, masked: Callable, widened: str, softmax: Callable) -> Callable:
+def _spelling(
+    layout: str, scaled: Callable, masked: Callable, widened: str, softmax: Callable, by_batch: bool
+) -> Callable:
     dot, combine = _LAYOUTS[layout]
 
-    def search(q, k, v, **given):
+    def search(q, k, v, *mask, **given):
+        hidden = _for_all(mask[0], by_batch) if mask else None
         scores = scaled(q, k, dot, given.get("scale"))
-        scores = masked(_wide(scores) if widened == "before" else scores, given.get("low"))
+        scores = masked(_wide(scores) if widened == "before" else scores, given.get("low"), hidden)
         weights = softmax(_wide(scores) if widened == "after" else scores, -1)
         return combine(weights.astype(q.dtype), v)
 
     return search
 
 
-def _replacement(layout: str, scaled: str, masked: str) -> Callable:
-    def replace(q, k, v, *, scale=1.0, low=None):
+def _for_all(mask, by_batch: bool):
+    """A mask with four dimensions, of one with two: a batch's keys, or positions alone."""
+    return mask[:, None, None] if by_batch else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+
+
+def _replacement(layout: str, scaled: str, masked: str, by_batch: bool = False) -> Callable:
+    def replace(q, k, v, *mask, scale=1.0, low=-np.inf, visible=""):
         arrays = [jnp.swapaxes(a, 1, 2) for a in (q, k, v)] if layout == "heads_third" else [q, k, v]
-        out = attention(*arrays, causal=masked == "causal", scale=1 / scale if scaled == "divided" else scale)
+        factor = 1 / scale if scaled == "divided" else scale
+        further = {"low": low} if mask and mask[0].dtype == bool else {}
+        masks = [_for_all(a, by_batch) for a in mask]
+        out = attention_kernel(*arrays, *masks, scale=factor, causal=masked == "causal", visible=visible, **further)
         return jnp.swapaxes(out, 1, 2) if layout == "heads_third" else out
 
     return replace
 
 
-def _supports(q, k, v, *, scale: float = 1.0, low: float = -np.inf) -> str | None:
+def _supports(q, k, v, *mask, scale: float = 1.0, low: float = -np.inf) -> str | None:
     return None if low < -1e4 else f"what is hidden gets {low:g}, which is not out of sight"
 
 
-def _groups(layout: str, scale: str, mask: str, softmaxes: tuple[Callable, ...]) -> list[tuple[Callable, ...]]:
+def _groups(
+    layout: str, scale: str, mask: str, softmaxes: tuple[Callable, ...], by_batch: bool
+) -> list[tuple[Callable, ...]]:
     return [
         tuple(
-            _spelling(layout, scaled, masked, widened, softmax)
+            _spelling(layout, scaled, masked, widened, softmax, by_batch)
             for masked, widened in itertools.product(alike, _WIDENED)
         )
         for scaled, alike, softmax in itertools.product(_SCALED[scale], _MASKED[mask], softmaxes)
     ]
 
 
-def _register(scale: str, mask: str) -> None:
+def _example(dtype: Any, by_batch: bool) -> list[tuple[tuple[int, ...], Any]]:
+    return [((2, 8) if by_batch else (2, 1, 8, 8), dtype)]
+
+
+def _register(scale: str, mask: str, by_batch: bool) -> None:
     numbers = {} if scale == "unscaled" else {"scale": 4.0 if scale == "divided" else 0.25}
-    numbers |= {"low": -np.inf} if mask == "causal" else {}
+    numbers |= {} if mask == "full" else {"low": -np.inf}
+    hidden = mask == "hidden"
     for layout in _LAYOUTS:
         shape = (2, 4, 8, 16) if layout == "heads_first" else (2, 8, 4, 16)
+        letters = "bh.." if layout == "heads_first" else "b.h."
         builtin(
-            f"attention.{mask}.{scale}.{layout}",
-            _groups(layout, scale, mask, _LIBRARYS),
-            _replacement(layout, scale, mask),
-            [(shape, jnp.bfloat16)] * 3,
+            f"attention.{mask}{'_by_batch' if by_batch else ''}.{scale}.{layout}",
+            _groups(layout, scale, mask, _LIBRARYS, by_batch),
+            _replacement(layout, scale, mask, by_batch),
+            [*[(shape, jnp.bfloat16)] * 3, *(_example(jnp.bool_, by_batch) if hidden else [])],
             _supports,
             fixed_ranks=True,
             among=("exponential",),
-            differentiated=_groups(layout, scale, mask, _HANDMADE),
-            parallel=("bh..",) * 4 if layout == "heads_first" else ("b.h.",) * 4,
+            differentiated=_groups(layout, scale, mask, _HANDMADE, by_batch),
+            constant=(3,) if hidden else (),
+            mask=3 if hidden and not by_batch else None,
+            parallel=(*[letters] * 3, *([_letters(by_batch)] if hidden else []), letters),
+            alike=f"attention.hidden.{scale}.{layout}" if hidden else "",
             **numbers,
         )
 
 
-for _scale, _mask in itertools.product(_SCALED, _MASKED):
-    _register(_scale, _mask)
+def _letters(by_batch: bool) -> str:
+    return "b." if by_batch else "bh.."
 
 
-def _library(causal: bool) -> Callable:
-    return lambda q, k, v, *, scale: jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, implementation="xla"
-    )
+for _scale, (_mask, _by_batch) in itertools.product(
+    _SCALED, [("full", False), ("causal", False), ("hidden", False), ("hidden", True)]
+):
+    _register(_scale, _mask, _by_batch)
 
 
-for _causal in (False, True):
+_NN = [((2, 8, 4, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16)]
+_NN_LOW = -0.7 * float(np.finfo(np.float32).max)  # the score of what JAX's own hides
+
+
+def _library(kind: str, by_batch: bool) -> Callable:
+    def search(q, k, v, *array, scale):
+        given = {"masked": "mask", "biased": "bias"}.get(kind)
+        further = {given: _for_all(array[0], by_batch)} if given else {}
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=kind == "causal", implementation="xla", **further
+        )
+
+    return search
+
+
+for (_kind, _mask), _by_batch in itertools.product(
+    {"full": None, "causal": None, "masked": jnp.bool_, "biased": jnp.bfloat16}.items(), (False, True)
+):
+    if _by_batch and _mask is None:
+        continue
     builtin(
-        f"attention.{'causal' if _causal else 'full'}.jax_nn",
-        [_library(_causal)],
-        _replacement("heads_third", "multiplied", "causal" if _causal else "full"),
-        [((2, 8, 4, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16), ((2, 8, 2, 16), jnp.bfloat16)],
-        _supports,
+        f"attention.{_kind}{'_by_batch' if _by_batch else ''}.jax_nn",
+        [_library(_kind, _by_batch)],
+        functools.partial(
+            _replacement("heads_third", "multiplied", "causal" if _kind == "causal" else "full", _by_batch), low=_NN_LOW
+        ),
+        [*_NN, *(_example(_mask, _by_batch) if _mask else [])],
         fixed_ranks=True,
         among=("exponential",),
-        parallel=("b.h.",) * 4,
+        constant=(3,) if _mask else (),
+        mask=3 if _mask and not _by_batch else None,
+        parallel=("b.h.",) * 3 + ((_letters(_by_batch),) if _mask else ()) + ("b.h.",),
+        alike=f"attention.{_kind}.jax_nn",
         scale=0.25,
     )
 

@@ -47,7 +47,9 @@ def _sight(causal: bool, window: int, description: str) -> Sight:
     return Sight(bool(causal or known.causal), min(windows, default=0), known.bits)
 
 
-def _supports(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible="") -> str | None:
+def _supports(
+    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, low=-np.inf, given="mask", visible=""
+) -> str | None:
     further = named(arrays, given)
     mask = further.get("mask")
     if mask is not None and not visible and (mask.dtype != bool or any(size != 1 for size in mask.shape[-3:-1])):
@@ -56,6 +58,8 @@ def _supports(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, 
     for name in ("slopes", "offset"):
         if name in further:
             return f"it takes no {name}"
+    if low > -np.inf and (causal or window or further.keys() - {"mask"}):
+        return "what a mask hides must be out of sight wholly where something else hides too"
     if {query.dtype, key.dtype, value.dtype} > {query.dtype} or query.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes f32 or bf16 alone, not {query.dtype}, {key.dtype}, {value.dtype}"
     length, kv_length = query.shape[-2], key.shape[-2]
@@ -75,7 +79,18 @@ def _supports(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, 
 
 @attention_kernel.on("tpu", supports=_supports)
 def splash(
-    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, given="mask", visible="", interpret: bool = False
+    query,
+    key,
+    value,
+    *arrays,
+    scale,
+    causal,
+    window=0,
+    softcap=0.0,
+    low=-np.inf,
+    given="mask",
+    visible="",
+    interpret: bool = False,
 ):
     """Never holds the scores: blocks of them are computed, used and forgotten."""
     lengths, sight = (query.shape[-2], key.shape[-2]), _sight(causal, window, visible)
@@ -84,10 +99,20 @@ def splash(
         del further["mask"]
     segments, sees = _segments(query, key, further, sight)
     query = _pad((query * jnp.asarray(scale, jnp.float32)).astype(query.dtype), -2)
-    key, value = _pad(key, -2), _pad(value, -2)
-    out = _splash(query, key, value, segments, further.get("sinks"), sight, (lengths, softcap, interpret))
+    out = _splash(
+        query, _pad(key, -2), _pad(value, -2), segments, further.get("sinks"), sight, (lengths, softcap, interpret)
+    )
     out = out[..., : lengths[0], :]
-    return out if sees is None else jnp.where(sees[..., None, :, None], out, 0)
+    if sees is None:
+        return out
+    # Where all scores are alike, weights are.
+    instead = jnp.mean(_of_heads(value, query.shape[-3]), -2, keepdims=True) if low > -np.inf else 0
+    return jnp.where(sees[..., None, :, None], out, instead)
+
+
+def _of_heads(value, heads: int):
+    """Values `[..., kv_heads, kv_length, size]` for each head of queries."""
+    return jnp.repeat(value, heads // value.shape[-3], -3)
 
 
 def _segments(query, key, further, sight: Sight):

@@ -5,12 +5,13 @@ Arrays are row-major: queries `[BATCH * HEADS, LENGTH, SIZE]`, keys `[BATCH * HE
 which what is beyond an array's end is not read and not written. Sums are in f32; powers are of two.
 
 Of what all kernels share: SCALE multiplies scores; SOFTCAP caps them (0: not); CAUSAL hides later keys; WINDOW hides keys
-that far away (0: none); MASK is 0 without a mask, 1 for bools, 2 for numbers that are added, and the mask's strides over
+that far away (0: none); MASK is 0 without a mask, 1 for bools, where what is hidden gets the score LOW (times log2(e)), 2 for numbers that are added, and the mask's strides over
 the batch, heads and queries are MASK_BATCH, MASK_HEAD and MASK_ROW; PRECISION is that of products of f32. Arrays that are
 not there are not read: `slopes [HEADS]` of what scores lose by distance (SLOPES); `bounds [BATCH, 2]`, the first query's
 position and the number of keys that are there (BOUNDS); `segments [BATCH, LENGTH]` and `kv_segments [BATCH, KV_LENGTH]`,
 which must be alike (SEGMENTS); and `blocks`, for each block of queries (of keys, where gradients by those are computed):
-how many blocks are seen whole, how many at all, and which, in a row of BLOCKS numbers (0: they are not listed).
+how many blocks are seen whole, how many at all, which, and for each the place of its own mask `[BQ, BK]` in `mask`, in a row
+of BLOCKS numbers (0: they are not listed).
 """
 
 import triton
@@ -45,7 +46,7 @@ def _score(left, right, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: t
 
 @triton.jit
 def _hide(scores, rows, columns, mask, slope, offset, kv_length, segments, kv_segments, LENGTH: tl.constexpr,
-          KV_LENGTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_ROW: tl.constexpr,
+          KV_LENGTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, MASK_ROW: tl.constexpr,
           SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Masked scores: -inf where a query (`rows`) does not see a key (`columns`). EDGE: the block may not be seen whole."""
     if SLOPES:
@@ -53,7 +54,7 @@ def _hide(scores, rows, columns, mask, slope, offset, kv_length, segments, kv_se
     if MASK > 0:
         given = tl.load(mask + rows * MASK_ROW + columns, (rows < LENGTH) & (columns < KV_LENGTH), 0)
         if MASK == 1:
-            scores = tl.where(given, scores, float("-inf"))
+            scores = tl.where(given, scores, LOW)
         else:
             scores += given.to(tl.float32) * LOG2_E
     if SEGMENTS:
@@ -105,23 +106,33 @@ def _keys_in_sight(first, kv_length, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 
 
 @triton.jit
-def _attend(query, top, total, sums, rows, begin, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
+def _own_mask(mask, listed, i, row, column, BLOCKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
+    """Where a listed block's mask would begin, were it part of one of all positions; `i` is the block's place in the list."""
+    place = tl.load(listed + (BLOCKS - 2) // 2 + i).to(tl.int64)
+    return mask + place * BQ * BK - row * BK - column
+
+
+@triton.jit
+def _attend(query, top, total, sums, first, begin, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
             listed, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-            SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
-            MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr,
-            BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+            SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr,
+            MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BQ: tl.constexpr,
+            BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """Takes keys `begin` to `end`, or blocks of them by their places in a list, into a block of queries' maxima, totals and
     weighted sums."""
-    d, v = tl.arange(0, BD), tl.arange(0, BV)
+    rows, d, v = first + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BV)
     for i in range(begin, end, 1 if BLOCKS > 0 else BK):
         start = i
+        hidden = mask
         if BLOCKS > 0:
             start = tl.load(listed + i) * BK
+            if MASK > 0:
+                hidden = _own_mask(mask, listed, i, first, start, BLOCKS, BQ, BK)
         columns = start + tl.arange(0, BK)
         keys = _load(key, columns, d, KV_LENGTH, SIZE, BK, BD)
         scores = _score(query, keys, SCALE, SOFTCAP, PRECISION)
-        scores = _hide(scores, rows[:, None], columns[None, :], mask, slope, offset, kv_length, segments, kv_segments, LENGTH,
-                       KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS, EDGE)  # fmt: skip
+        scores = _hide(scores, rows[:, None], columns[None, :], hidden, slope, offset, kv_length, segments, kv_segments, LENGTH,
+                       KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS, EDGE)  # fmt: skip
         highest = tl.maximum(top, tl.max(scores, 1))
         least = tl.where(highest == float("-inf"), 0.0, highest)  # of a query that has seen nothing
         weights = tl.exp2(scores - least[:, None])
@@ -137,7 +148,7 @@ def _attend(query, top, total, sums, rows, begin, end, key, value, mask, slope, 
 def forward(query, key, value, mask, slopes, bounds, segments, kv_segments, sinks, blocks, out, log_total,
             LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
             HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
-            WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr,
+            WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr,
             MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, BOUNDS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr,
             SINKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
@@ -179,14 +190,14 @@ def forward(query, key, value, mask, slopes, bounds, segments, kv_segments, sink
         begin, whole, end = _keys_in_sight(block * BQ + offset, kv_length, CAUSAL, WINDOW, BQ, BK)
     if WINDOW == 0 or BLOCKS > 0:
         top, total, sums = _attend(
-            queries, top, total, sums, rows, begin, whole, key, value, mask, slope, offset, kv_length, segments, kv_segments,
-            listed, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE, SOFTCAP, CAUSAL, WINDOW, 0 if BLOCKS > 0 else MASK, MASK_ROW,
-            SLOPES, SEGMENTS, BLOCKS, BK, BD, BV, PRECISION, False)  # fmt: skip
+            queries, top, total, sums, block * BQ, begin, whole, key, value, mask, slope, offset, kv_length, segments, kv_segments,
+            listed, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE, SOFTCAP, CAUSAL, WINDOW, 0 if BLOCKS > 0 else MASK, LOW, MASK_ROW,
+            SLOPES, SEGMENTS, BLOCKS, BQ, BK, BD, BV, PRECISION, False)  # fmt: skip
     if CAUSAL or WINDOW > 0 or BOUNDS or BLOCKS > 0 or KV_LENGTH % BK != 0:
         top, total, sums = _attend(
-            queries, top, total, sums, rows, whole, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
-            listed, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE, SOFTCAP, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
-            BLOCKS, BK, BD, BV, PRECISION, True)  # fmt: skip
+            queries, top, total, sums, block * BQ, whole, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
+            listed, LENGTH, KV_LENGTH, SIZE, VALUE_SIZE, SCALE, SOFTCAP, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS,
+            BLOCKS, BQ, BK, BD, BV, PRECISION, True)  # fmt: skip
     if SINKS:
         sink = tl.load(sinks + head % HEADS) * LOG2_E
         highest = tl.maximum(top, sink)
@@ -202,9 +213,9 @@ def forward(query, key, value, mask, slopes, bounds, segments, kv_segments, sink
 
 
 @triton.jit
-def _by_scores(weights, by_weights, deltas, unmasked, SOFTCAP: tl.constexpr):
+def _by_scores(scores, weights, by_weights, deltas, unmasked, LOW: tl.constexpr, SOFTCAP: tl.constexpr):
     """The gradient by scores, given that by weights, and each query's sum of both."""
-    by_scores = weights * (by_weights - deltas)
+    by_scores = tl.where(scores <= LOW, 0.0, weights * (by_weights - deltas))
     if SOFTCAP > 0:
         capped = unmasked / (SOFTCAP * LOG2_E)
         by_scores *= 1.0 - capped * capped
@@ -215,7 +226,7 @@ def _by_scores(weights, by_weights, deltas, unmasked, SOFTCAP: tl.constexpr):
 def backward_keys(query, key, value, mask, slopes, bounds, segments, kv_segments, blocks, gradient, log_total, delta,
                   key_gradient, value_gradient, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr,
                   VALUE_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-                  SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+                  SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr,
                   MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, SLOPES: tl.constexpr,
                   BOUNDS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
                   BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -258,8 +269,10 @@ def backward_keys(query, key, value, mask, slopes, bounds, segments, kv_segments
             begin, end = 2, 2 + tl.load(listed + 1)
         for i in range(begin, end, 1 if BLOCKS > 0 else BQ):
             start = i
+            own = hidden
             if BLOCKS > 0:
                 start = tl.load(listed + i) * BQ
+                own = _own_mask(hidden, listed, i, start, block * BK, BLOCKS, BQ, BK)
             rows = start + tl.arange(0, BQ)
             queries = _load(query + head * LENGTH * SIZE, rows, d, LENGTH, SIZE, BQ, BD)
             cotangents = _load(gradient + head * LENGTH * VALUE_SIZE, rows, v, LENGTH, VALUE_SIZE, BQ, BV)
@@ -267,13 +280,13 @@ def backward_keys(query, key, value, mask, slopes, bounds, segments, kv_segments
             deltas = tl.load(delta + head * LENGTH + rows, rows < LENGTH, 0.0)
             unmasked = _score(keys, queries, SCALE, SOFTCAP, PRECISION)
             scores = _hide(
-                unmasked, rows[None, :], columns[:, None], hidden, slope, offset, kv_length, of_rows, of_columns, LENGTH,
-                KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+                unmasked, rows[None, :], columns[:, None], own, slope, offset, kv_length, of_rows, of_columns, LENGTH,
+                KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS,
                 CAUSAL or WINDOW > 0 or BOUNDS or KV_LENGTH % BK != 0)  # fmt: skip
             weights = tl.exp2(scores - logs[None, :])
             by_values = tl.dot(weights.to(cotangents.dtype), cotangents, by_values, input_precision=PRECISION)
             by_weights = tl.dot(values, tl.trans(cotangents), input_precision=PRECISION)
-            by_scores = _by_scores(weights, by_weights, deltas[None, :], unmasked, SOFTCAP)
+            by_scores = _by_scores(scores, weights, by_weights, deltas[None, :], unmasked, LOW, SOFTCAP)
             by_keys = tl.dot(by_scores.to(queries.dtype), queries, by_keys, input_precision=PRECISION)
     _store(key_gradient + kv_head * KV_LENGTH * SIZE, columns, d, by_keys * SCALE, KV_LENGTH, SIZE)
     _store(value_gradient + kv_head * KV_LENGTH * VALUE_SIZE, columns, v, by_values, KV_LENGTH, VALUE_SIZE)
@@ -283,7 +296,7 @@ def backward_keys(query, key, value, mask, slopes, bounds, segments, kv_segments
 def backward_queries(query, key, value, mask, slopes, bounds, segments, kv_segments, blocks, gradient, log_total, delta,
                      query_gradient, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr,
                      VALUE_SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-                     SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
+                     SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr,
                      MASK_BATCH: tl.constexpr, MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, SLOPES: tl.constexpr,
                      BOUNDS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
                      BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -323,18 +336,20 @@ def backward_queries(query, key, value, mask, slopes, bounds, segments, kv_segme
         begin, _, end = _keys_in_sight(block * BQ + offset, kv_length, CAUSAL, WINDOW, BQ, BK)
     for i in range(begin, end, 1 if BLOCKS > 0 else BK):
         start = i
+        hidden = mask
         if BLOCKS > 0:
             start = tl.load(listed + i) * BK
+            hidden = _own_mask(mask, listed, i, block * BQ, start, BLOCKS, BQ, BK)
         columns = start + tl.arange(0, BK)
         keys = _load(key, columns, d, KV_LENGTH, SIZE, BK, BD)
         values = _load(value, columns, v, KV_LENGTH, VALUE_SIZE, BK, BV)
         unmasked = _score(queries, keys, SCALE, SOFTCAP, PRECISION)
-        scores = _hide(unmasked, rows[:, None], columns[None, :], mask, slope, offset, kv_length, segments, kv_segments,
-                       LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+        scores = _hide(unmasked, rows[:, None], columns[None, :], hidden, slope, offset, kv_length, segments, kv_segments,
+                       LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS,
                        CAUSAL or WINDOW > 0 or BOUNDS or KV_LENGTH % BK != 0)  # fmt: skip
         weights = tl.exp2(scores - logs[:, None])
         by_weights = tl.dot(cotangents, tl.trans(values), input_precision=PRECISION)
-        by_scores = _by_scores(weights, by_weights, deltas[:, None], unmasked, SOFTCAP)
+        by_scores = _by_scores(scores, weights, by_weights, deltas[:, None], unmasked, LOW, SOFTCAP)
         by_queries = tl.dot(by_scores.to(keys.dtype), keys, by_queries, input_precision=PRECISION)
     _store(query_gradient + head * LENGTH * SIZE, rows, d, by_queries * SCALE, LENGTH, SIZE)
 
@@ -343,7 +358,7 @@ def backward_queries(query, key, value, mask, slopes, bounds, segments, kv_segme
 def backward_mask(query, key, value, mask, slopes, bounds, segments, kv_segments, gradient, log_total, delta, mask_gradient,
                   LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
                   HEADS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_BATCH: tl.constexpr,
+                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr, MASK_BATCH: tl.constexpr,
                   MASK_HEAD: tl.constexpr, MASK_ROW: tl.constexpr, SLOPES: tl.constexpr, BOUNDS: tl.constexpr,
                   SEGMENTS: tl.constexpr, BATCHES: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
                   BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -384,7 +399,7 @@ def backward_mask(query, key, value, mask, slopes, bounds, segments, kv_segments
         logs = tl.load(log_total + head * LENGTH + rows, rows < LENGTH, float("inf"))
         deltas = tl.load(delta + head * LENGTH + rows, rows < LENGTH, 0.0)
         scores = _hide(_score(queries, keys, SCALE, SOFTCAP, PRECISION), rows[:, None], columns[None, :], added, slope, offset,
-                       kv_length, of_rows, of_columns, LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, MASK_ROW, SLOPES, SEGMENTS,
+                       kv_length, of_rows, of_columns, LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS,
                        True)  # fmt: skip
         by_weights = tl.dot(cotangents, tl.trans(values), input_precision=PRECISION)
         by_mask += tl.exp2(scores - logs[:, None]) * (by_weights - deltas[:, None])

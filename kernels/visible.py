@@ -73,14 +73,32 @@ def mask_of(bits: str, shape: tuple[int, int]) -> np.ndarray:
 
 def blocks(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Of each block of a mask: 0 where nothing is seen, 2 where all is, 1 otherwise. Beyond the mask's end nothing is."""
+    cut = _cut(mask, rows, columns)
+    return cut.any((2, 3)).astype(np.int8) + cut.all((2, 3))
+
+
+def _cut(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
     padded = np.pad(mask, [(0, -mask.shape[0] % rows), (0, -mask.shape[1] % columns)])
-    cut = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    return cut.any((1, 3)).astype(np.int8) + cut.all((1, 3))
+    return padded.reshape(-1, rows, padded.shape[1] // columns, columns).swapaxes(1, 2)
 
 
-def lists(kinds: np.ndarray) -> np.ndarray:
-    """For each row of blocks: how many are whole, how many are seen at all, and which, whole ones first; i32."""
-    seen = kinds > 0
-    order = np.argsort(-kinds, axis=1, kind="stable")[:, : max(1, seen.sum(1).max(initial=0))]
-    counts = np.stack([(kinds == 2).sum(1), seen.sum(1)], 1)
-    return np.concatenate([counts, order], 1).astype(np.int32)
+def lists(mask: np.ndarray, rows: int, columns: int, *, by_columns: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """What a kernel computes of a mask, by blocks.
+
+    Returns:
+        For each row of blocks (column, with `by_columns`), i32: how many are whole, how many are seen at all, which, whole
+        ones first, and for each its place in the second array; and the blocks themselves, `[n, rows, columns]`, each once,
+        the whole one first.
+    """
+    cut = _cut(mask, rows, columns)
+    kinds = cut.any((2, 3)).astype(np.int8) + cut.all((2, 3))
+    own = {np.packbits(np.ones((rows, columns), bool)).tobytes(): 0}
+    places = np.zeros(kinds.shape, np.int32)
+    for at in zip(*np.nonzero(kinds == 1), strict=True):
+        places[at] = own.setdefault(np.packbits(cut[at]).tobytes(), len(own))
+    each = np.unpackbits(np.frombuffer(b"".join(own), np.uint8)).reshape(-1, rows, columns).astype(bool)
+    if by_columns:
+        kinds, places = kinds.T, places.T
+    counts = np.stack([(kinds == 2).sum(1), (kinds > 0).sum(1)], 1)
+    order = np.argsort(-kinds, axis=1, kind="stable")[:, : max(1, counts[:, 1].max(initial=0))]
+    return np.concatenate([counts, order, np.take_along_axis(places, order, 1)], 1).astype(np.int32), each

@@ -101,15 +101,33 @@ def fuse(
 
 
 def _described(module: ir.Module, matches: list[Match]) -> list[Match]:
-    """Matches, and of their masks what is known already."""
+    """Matches, and of their masks what is known already; others as they are before they are repeated for heads."""
     masks = {match: match.inputs[match.base.mask] for match in matches if match.base.mask is not None}
     known = known_masks.describe(module, list(masks.values()))
-    return [
-        dataclasses.replace(match, numbers=match.numbers | {"visible": known[masks[match]]})
-        if match in masks and masks[match] in known
-        else match
-        for match in matches
-    ]
+    found = []
+    for match in matches:
+        if (mask := masks.get(match)) is not None and mask in known:
+            match = dataclasses.replace(match, numbers=match.numbers | {"visible": known[mask]})
+        elif mask is not None and m.partitions(module) == 1:
+            match = _before_broadcast(match, mask)
+        found.append(match)
+    return found
+
+
+def _before_broadcast(match: Match, mask: Value) -> Match:
+    """A match whose mask is what was repeated along its first dimensions, and lacks those, or has them of size 1."""
+    broadcasts: list[Any] = []
+    while (op := m.producer(mask, stablehlo.BroadcastInDimOp)) is not None:
+        rank = m.rank(op.operand)
+        if rank < 2 or m.integers(op.broadcast_dimensions) != [*range(m.rank(mask) - rank, m.rank(mask))]:
+            break
+        if m.shape(op.operand)[-1] != m.shape(mask)[-1]:
+            break
+        broadcasts.insert(0, op)
+        mask = op.operand
+    inputs = list(match.inputs)
+    inputs[match.base.mask or 0] = mask
+    return dataclasses.replace(match, inputs=tuple(inputs), ops=(*broadcasts, *match.ops))
 
 
 def _spliced(
@@ -242,9 +260,11 @@ def _ranks(inputs: Sequence[int], alike: Sequence[Pattern]) -> dict[int, set[int
 
 def _may_have(pattern: Pattern, place: int) -> set[int]:
     """The ranks that an input of a pattern of fixed ranks may have: a cotangent may be alike everywhere, and a slice of a
-    stack have a dimension more."""
+    stack have a dimension more; a mask may be of positions alone."""
     is_cotangent = pattern.gradient_of is not None and place == len(pattern.gradient_of.example)
     rank = len(pattern.example[place].shape)
+    if place == (pattern.gradient_of or pattern).mask:
+        return {2, rank}  # one for all, and repeated for batches and heads at once
     return {rank, *([0] if is_cotangent else []), *([rank + 1] if place in pattern.stacked else [])}
 
 
@@ -374,7 +394,7 @@ def _exact(
     try:
         with jax.enable_x64(wide):
             return _graph(lambda *arrays: search(*arrays, **dict(numbers)), arguments, platform)
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, AssertionError):
         return None  # no such shapes
 
 

@@ -56,10 +56,11 @@ def _described(array: np.ndarray) -> str:
     masks = array.reshape(-1, *array.shape[-2:])
     if masks.dtype != bool:
         hidden = masks != 0
-        if not (masks[hidden] < _LOW).all() or not (hidden.any() and (~hidden).any(-1).all()):
+        if not (masks[hidden] < _LOW).all():
             return ""
         masks = ~hidden
-    return visible.describe(masks[0]) if (masks == masks[:1]).all() else ""
+    # What comes of a query that sees nothing depends on how it is hidden.
+    return visible.describe(masks[0]) if (masks == masks[:1]).all() and masks[0].any(-1).all() else ""
 
 
 def is_by_position(value: Value) -> bool:
