@@ -252,6 +252,49 @@ for _scale, _capped in itertools.product(("multiplied", "divided"), (False, True
     )
 
 
+# With a sink for each head (gpt-oss): one more score, whose weight is dropped.
+
+
+def _with_sinks(widened: str, lowered: bool) -> Callable:
+    dot, combine = _LAYOUTS["heads_first"]
+
+    def search(q, k, v, sinks, *mask, scale):
+        scores = dot(q, k) * scale
+        for added in mask:
+            scores = (_wide(scores) if widened == "before" else scores) + added
+        sink = jnp.broadcast_to(sinks.reshape(1, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink.astype(scores.dtype)], -1)
+        if lowered:
+            scores = scores - jnp.max(scores, -1, keepdims=True)
+        weights = jax.nn.softmax(_wide(scores) if widened == "after" else scores, -1)[..., :-1]
+        return combine(weights.astype(q.dtype), v)
+
+    return search
+
+
+def _sinks_kernel(q, k, v, sinks, *mask, scale, visible=""):
+    given = "sinks mask" if mask else "sinks"
+    return attention_kernel(q, k, v, sinks, *mask, scale=scale, causal=False, given=given, visible=visible)
+
+
+for _added in (False, True):
+    builtin(
+        f"attention.sinks{'_added' if _added else ''}",
+        [tuple(_with_sinks(widened, lowered) for widened in _WIDENED) for lowered in (True, False)],
+        _sinks_kernel,
+        [
+            *[((2, 4, 8, 16), jnp.bfloat16)] * 3,
+            ((4,), jnp.bfloat16),
+            *(_example(jnp.bfloat16, False) if _added else []),
+        ],
+        fixed_ranks=True,
+        among=("exponential",),
+        constant=(4,) if _added else (),
+        mask=4 if _added else None,
+        scale=0.25,
+    )
+
+
 # The composite's own decomposition, which it becomes when it is differentiated.
 
 _GROUPED = [((2, 4, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16), ((2, 2, 8, 16), jnp.bfloat16)]
