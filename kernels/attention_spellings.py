@@ -99,6 +99,11 @@ def _spelling(
     return search
 
 
+def _known(visible: str) -> dict[str, str]:
+    """The attribute of a mask that is known."""
+    return {"visible": visible} if visible else {}
+
+
 def _for_all(mask, by_batch: bool):
     """A mask with four dimensions, of one with two: a batch's keys, or positions alone."""
     return mask[:, None, None] if by_batch else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
@@ -108,9 +113,9 @@ def _replacement(layout: str, scaled: str, masked: str, by_batch: bool = False) 
     def replace(q, k, v, *mask, scale=1.0, low=-np.inf, visible=""):
         arrays = [jnp.swapaxes(a, 1, 2) for a in (q, k, v)] if layout == "heads_third" else [q, k, v]
         factor = 1 / scale if scaled == "divided" else scale
-        further = {"low": low} if mask and mask[0].dtype == bool else {}
+        further = _known(visible) | ({"low": low} if mask and mask[0].dtype == bool else {})
         masks = [_for_all(a, by_batch) for a in mask]
-        out = attention_kernel(*arrays, *masks, scale=factor, causal=masked == "causal", visible=visible, **further)
+        out = attention_kernel(*arrays, *masks, scale=factor, causal=masked == "causal", **further)
         return jnp.swapaxes(out, 1, 2) if layout == "heads_third" else out
 
     return replace
@@ -213,7 +218,7 @@ for (_kind, _mask), _by_batch in itertools.product(
 def _eager(scaled: Callable, capped: bool, widened: str, softmax: Callable) -> Callable:
     dot, combine = _LAYOUTS["heads_first"]
 
-    def search(q, k, v, mask, *, scale, softcap=None):
+    def search(q, k, v, mask, *, scale=1.0, softcap=None):
         scores = scaled(q, k, dot, scale)
         if capped:
             scores = jnp.tanh(scores / softcap) * softcap
@@ -225,10 +230,10 @@ def _eager(scaled: Callable, capped: bool, widened: str, softmax: Callable) -> C
 
 
 def _eager_kernel(scaled: str) -> Callable:
-    def replace(q, k, v, mask, *, scale, softcap=0.0, visible=""):
+    def replace(q, k, v, mask, *, scale=1.0, softcap=0.0, visible=""):
         factor = 1 / scale if scaled == "divided" else scale
-        further = {"softcap": softcap} if softcap else {}
-        return attention_kernel(q, k, v, mask, scale=factor, causal=False, visible=visible, **further)
+        further = _known(visible) | ({"softcap": softcap} if softcap else {})
+        return attention_kernel(q, k, v, mask, scale=factor, causal=False, **further)
 
     return replace
 
@@ -274,7 +279,7 @@ def _with_sinks(widened: str, lowered: bool) -> Callable:
 
 def _sinks_kernel(q, k, v, sinks, *mask, scale, visible=""):
     given = "sinks mask" if mask else "sinks"
-    return attention_kernel(q, k, v, sinks, *mask, scale=scale, causal=False, given=given, visible=visible)
+    return attention_kernel(q, k, v, sinks, *mask, scale=scale, causal=False, given=given, **_known(visible))
 
 
 for _added in (False, True):
@@ -331,4 +336,41 @@ for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
         parallel=("bh..",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()) + ("bh..",),
         alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
         **_numbers,
+    )
+
+
+# A bias that is learned: its gradient is wanted too, and is a sum over what it is repeated for.
+
+
+def _is_repeated(q, k, v, bias, *, scale: float = 1.0) -> str | None:
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return None if 2 * np.prod(bias.shape) <= scores else "the gradient by the bias is as large as the scores"
+
+
+for _numbers in ({"scale": 0.25}, {}):
+    builtin(
+        f"attention.learned_bias.kpx{'' if _numbers else '.unscaled'}",
+        [_kpxs(attention_kernel.decomposition, False, False)],
+        _kpxs(attention_kernel, False, False),
+        [*_GROUPED, ((1, 4, 8, 8), jnp.bfloat16)],
+        _is_repeated,
+        fixed_ranks=True,
+        among=("exponential",),
+        with_gradient_alone=True,
+        **_numbers,
+    )
+for _scale in ("multiplied", "divided", "unscaled"):
+    builtin(
+        f"attention.learned_bias.{_scale}",
+        [
+            tuple(_eager(scaled, False, widened, jax.nn.softmax) for widened in _WIDENED)
+            for scaled in _SCALED[_scale][:1]
+        ],
+        _eager_kernel(_scale),
+        [*[((2, 4, 8, 16), jnp.bfloat16)] * 3, ((1, 4, 8, 8), jnp.bfloat16)],
+        _is_repeated,
+        fixed_ranks=True,
+        among=("exponential",),
+        with_gradient_alone=True,
+        **({"scale": 0.25} if _scale == "multiplied" else {"scale": 4.0} if _scale == "divided" else {}),
     )

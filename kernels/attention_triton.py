@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Where all scores are LOW, their total's logarithm would be lost beside it: in its place is this over the total.
+ALIKE = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -209,7 +211,17 @@ def forward(query, key, value, mask, slopes, bounds, segments, kv_segments, sink
     sums = sums / tl.where(total == 0, 1.0, total)[:, None]
     _store(out + head * LENGTH * VALUE_SIZE, rows, v, sums, LENGTH, VALUE_SIZE)
     logs = tl.where(total == 0, float("inf"), top + tl.log2(total))  # of a query that sees nothing, no weight
+    if float("-inf") < LOW:
+        logs = tl.where(top <= LOW, ALIKE / total, logs)
     tl.store(log_total + head * LENGTH + rows, logs, rows < LENGTH)
+
+
+@triton.jit
+def _weights(scores, logs, LOW: tl.constexpr):
+    weights = tl.exp2(scores - logs)
+    if float("-inf") < LOW:
+        weights = tl.where(logs <= -1e20, tl.where(scores == LOW, logs / ALIKE, 0.0), weights)
+    return weights
 
 
 @triton.jit
@@ -283,7 +295,7 @@ def backward_keys(query, key, value, mask, slopes, bounds, segments, kv_segments
                 unmasked, rows[None, :], columns[:, None], own, slope, offset, kv_length, of_rows, of_columns, LENGTH,
                 KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS,
                 CAUSAL or WINDOW > 0 or BOUNDS or KV_LENGTH % BK != 0)  # fmt: skip
-            weights = tl.exp2(scores - logs[None, :])
+            weights = _weights(scores, logs[None, :], LOW)
             by_values = tl.dot(weights.to(cotangents.dtype), cotangents, by_values, input_precision=PRECISION)
             by_weights = tl.dot(values, tl.trans(cotangents), input_precision=PRECISION)
             by_scores = _by_scores(scores, weights, by_weights, deltas[None, :], unmasked, LOW, SOFTCAP)
@@ -347,7 +359,7 @@ def backward_queries(query, key, value, mask, slopes, bounds, segments, kv_segme
         scores = _hide(unmasked, rows[:, None], columns[None, :], hidden, slope, offset, kv_length, segments, kv_segments,
                        LENGTH, KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS,
                        CAUSAL or WINDOW > 0 or BOUNDS or KV_LENGTH % BK != 0)  # fmt: skip
-        weights = tl.exp2(scores - logs[:, None])
+        weights = _weights(scores, logs[:, None], LOW)
         by_weights = tl.dot(cotangents, tl.trans(values), input_precision=PRECISION)
         by_scores = _by_scores(scores, weights, by_weights, deltas[:, None], unmasked, LOW, SOFTCAP)
         by_queries = tl.dot(by_scores.to(keys.dtype), keys, by_queries, input_precision=PRECISION)

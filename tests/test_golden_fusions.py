@@ -17,7 +17,7 @@ ZOO = {
     "roberta": (2, 2), "distilbert": (2, 2), "albert": (2, 2), "modernbert": (2, 2), "electra": (2, 2), "gpt_neox": (2, 2),
     "opt": (2, 2), "mistral": (2, 2), "qwen2": (2, 2), "phi3": (2, 2), "falcon": (2, 2), "olmo2": (2, 2), "stablelm": (2, 2),
     "starcoder2": (2, 2), "mixtral": (2, 2), "dinov2": (2, 2), "deit": (2, 2), "wav2vec2": (2, 2), "blip": (2, 2),
-    "gemma2": (2, 2), "gpt_oss": (0, 0), "t5": (6, 0), "swin": (2, 0),
+    "gemma2": (2, 2), "gpt_oss": (2, 2), "t5": (6, 0), "swin": (2, 0),
 }  # fmt: skip
 
 

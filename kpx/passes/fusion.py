@@ -277,9 +277,13 @@ def _is_closed(ops: Sequence[Any], outputs: Sequence[Value]) -> bool:
     if len({m.producer(v).operation.parent for v in outputs}) > 1:
         return False
     inside = {op.results[0] for op in ops}
+    cheap: set[Value] = set()  # what costs next to nothing to compute again from the inputs
     for op in ops:
+        if _is_free(op) and all(o in cheap or o not in inside for o in op.operands):
+            cheap.update(op.results)
+            continue
         for result in op.results:
-            if result in outputs or _is_free(op):
+            if result in outputs:
                 continue
             for user in m.users(result):
                 if not len(user.results) or user.results[0] not in inside:

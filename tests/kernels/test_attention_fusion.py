@@ -87,6 +87,45 @@ WRITTEN = {
 }
 
 
+def _windowed(q, k, v):
+    position = jnp.arange(q.shape[-2])
+    seen = (position[:, None] >= position) & (position[:, None] - position < 100)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.1
+    return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(jnp.where(seen, scores, -1e9), -1), v)
+
+
+def _in_chunks(q, k, v):
+    position = jnp.arange(q.shape[-2])
+    seen = (position[:, None] >= position) & (position[:, None] // 128 == position // 128)
+    scores = jnp.where(seen[None, None], jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.1, -jnp.inf)
+    weights = jax.nn.softmax(scores.astype(jnp.float32), -1).astype(v.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+
+
+def _chunks_added(q, k, v):
+    chunk = jnp.arange(q.shape[-2]) // 128
+    scores = q @ jnp.swapaxes(k, -1, -2) / 8 + jnp.where(chunk[:, None] == chunk, 0, -1e30)
+    return jax.nn.softmax(scores, -1).astype(v.dtype) @ v
+
+
+def _jax_nn_windowed(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, local_window_size=(63, 0))
+
+
+def _jax_nn_in_chunks(q, k, v):
+    chunk = jnp.arange(q.shape[1]) // 128
+    return jax.nn.dot_product_attention(q, k, v, mask=(chunk[:, None] == chunk)[None, None])
+
+
+KNOWN_MASKS = {
+    "a window": (_windowed, HEADS_FIRST),
+    "chunks": (_in_chunks, HEADS_FIRST),
+    "chunks, added": (_chunks_added, HEADS_FIRST),
+    "JAX's own, a window": (_jax_nn_windowed, HEADS_THIRD),
+    "JAX's own, chunks": (_jax_nn_in_chunks, HEADS_THIRD),
+}
+WRITTEN |= KNOWN_MASKS
+
 KERNELS = {
     "tpu-v5e": ("splash", "tpu_custom_call"),
     "cuda:h100": ("flash_cuda", TRITON_CALL),
@@ -116,6 +155,25 @@ def test_at_8192_a_device_holds_less_than_a_hundredth_of_the_scores(target):
     scores = 2 * 8 * 8192 * 8192
     assert plain.memory.temp_bytes >= scores
     assert fused.memory.temp_bytes < scores / 100
+
+
+def _padded(q, k, v, lengths):
+    seen = jnp.arange(LENGTH) < lengths[:, None]
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.1
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e9), -1)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+
+
+def _jax_nn_padded(q, k, v, lengths):
+    return jax.nn.dot_product_attention(q, k, v, mask=(jnp.arange(LENGTH) < lengths[:, None])[:, None, None])
+
+
+@pytest.mark.parametrize("target", KERNELS)
+@pytest.mark.parametrize(("function", "spec"), [(_padded, HEADS_FIRST), (_jax_nn_padded, HEADS_THIRD)])
+def test_a_mask_of_keys_that_an_input_decides_is_taken_as_it_is(function, spec, target):
+    compiled = kpx.compile(function, spec, spec, spec, _struct(2, dtype=jnp.int32), target=target)
+    assert compiled.kernels["kpx.attention"] == KERNELS[target][0]
+    assert f"{LENGTH},{LENGTH}" not in compiled.hlo
 
 
 LEFT_ALONE = {

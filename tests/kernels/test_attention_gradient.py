@@ -13,6 +13,7 @@ from tests.kernels.test_attention_fusion import (
     HEADS_FIRST,
     HEADS_THIRD,
     KERNELS,
+    KNOWN_MASKS,
     LENGTH,
     _mask_added,
     _scaled_after,
@@ -26,6 +27,9 @@ WRITTEN = {
     "a mask added": (_mask_added, HEADS_FIRST),
     "JAX's own": (lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), HEADS_THIRD),
 }
+
+
+WRITTEN |= KNOWN_MASKS
 
 
 def _gradients(function):
@@ -59,6 +63,22 @@ def test_kernels_count_as_the_products_that_they_replaced(target):
     assert forward.cost.product_flops == 2 * product
     both = kpx.compile(_gradients(_scaled_after), HEADS_FIRST, HEADS_FIRST, HEADS_FIRST, target=target)
     assert both.cost.product_flops == pytest.approx(6 * product, rel=0.01)
+
+
+def _biased(q, k, v, bias):
+    scores = (jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.1 + bias).astype(jnp.float32)
+    return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores, -1).astype(v.dtype), v)
+
+
+@pytest.mark.parametrize("function", [_biased, lambda q, k, v, b: kpx.ops.attention(q, k, v, mask=b)])
+@pytest.mark.parametrize(("batch", "fused"), [(1, True), (2, False)])
+def test_a_gradient_by_a_bias_is_the_kernels_where_it_is_smaller_than_the_scores(function, batch, fused):
+    def step(*arrays):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(function(*a))), (0, 1, 2, 3))(*arrays)
+
+    bias = jax.ShapeDtypeStruct((batch, 4, LENGTH, LENGTH), jnp.bfloat16)
+    compiled = kpx.compile(step, HEADS_FIRST, HEADS_FIRST, HEADS_FIRST, bias, target="cuda:h100")
+    assert compiled.fusions == ({"kpx.attention and its gradient": 1} if fused else {})
 
 
 def test_a_gradient_by_values_alone_is_left_to_xla():

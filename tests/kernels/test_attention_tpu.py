@@ -80,3 +80,10 @@ def test_a_known_mask_is_taken_as_it_is(length, further_names):
     fixed = {n: further(2, 2, length, length)[n] for n in further_names.split()}
     check(interpreted, _arrays((2, 2, 2, length, length, 64), np.float32), fixed={"mask": seen} | fixed, causal=True,
           visible=visible.in_bits(seen))  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [128, 121])
+def test_a_query_that_sees_nothing_sees_all_alike_where_what_is_hidden_has_a_score(length):
+    seen = np.random.default_rng(0).random((2, 1, 1, length)) < 0.5
+    seen[1] = False
+    check(interpreted, _arrays((2, 4, 2, length, length, 64), np.float32), hidden=seen, low=-1e9)

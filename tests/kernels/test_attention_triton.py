@@ -11,6 +11,7 @@ import kpx
 from kpx.kernels import visible
 from kpx.kernels.attention import attention, attention_kernel
 from kpx.kernels.attention_gpu import flash
+from kpx.kernels.registry import implemented_for
 from tests.kernels.attention_reference import banded, both, check, further
 
 pytest.importorskip("triton")
@@ -81,6 +82,13 @@ def test_results_and_gradients_are_those_of_attention_with(settings):
 def test_keys_that_bools_hide_have_no_weight(shape):
     seen = np.random.default_rng(0).random(shape) < 0.6
     _check((2, 4, 2, 150, 150, 32, 32), hidden=seen, causal=len(shape) == 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 70, 70), (70, 70), (2, 4, 70, 70)])
+def test_what_bools_hide_may_have_a_score_of_its_own(shape):
+    seen = np.random.default_rng(0).random(shape) < 0.6
+    seen[..., 3, :] = False  # all alike, where nothing is seen
+    _check((2, 4, 2, 70, 70, 32, 32), hidden=seen, low=-1e9)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 70), (1, 4, 70, 70), (70, 70), (2, 4, 70, 70)])
@@ -171,6 +179,36 @@ def test_forward_and_backward_compile_for(target, size, dtype):
 
     compiled = kpx.compile(results, spec, grouped, grouped, target=target)
     assert compiled.hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+
+
+@pytest.mark.parametrize("target", ["cuda:h100", "rocm:mi300x"])
+def test_all_that_attention_may_be_given_compiles(target):
+    batch, heads, length, kv_length, size = 2, 8, 300, 520, 64
+    q, k = (jax.ShapeDtypeStruct((batch, n, m, size), jnp.bfloat16) for n, m in ((heads, length), (2, kv_length)))
+    by_head = jax.ShapeDtypeStruct((heads,), jnp.float32)
+    bias = jax.ShapeDtypeStruct((1, heads, length, kv_length), jnp.bfloat16)
+    by_batch, at, of = (jax.ShapeDtypeStruct((batch, *s), jnp.int32) for s in ((), (length,), (kv_length,)))
+
+    def step(q, k, v, sinks, bias, slopes, lengths, offset, segments, kv_segments):
+        def total(q, k, v, sinks, bias):
+            out = kpx.ops.attention(
+                q, k, v, sinks=sinks, mask=bias, slopes=slopes, kv_lengths=lengths, offset=offset, segment_ids=segments,
+                kv_segment_ids=kv_segments, causal=True, window=100, softcap=20.0,
+            )  # fmt: skip
+            return jnp.sum(jnp.sin(out))
+
+        return jax.grad(total, (0, 1, 2, 3, 4))(q, k, v, sinks, bias)
+
+    def hidden(q, k, v):
+        seen = banded(length, kv_length)
+        return both(lambda *a: flash(*a, seen, scale=0.1, causal=True, platform=platform, low=-1e9,
+                                     visible=visible.in_bits(seen)), q, k, v, q)  # fmt: skip
+
+    platform = kpx.Target(target).platform
+    with implemented_for(platform):
+        compiled = kpx.compile(step, q, k, k, by_head, bias, by_head, by_batch, by_batch, at, of, target=target)
+    assert compiled.hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 4  # the bias has its own
+    assert kpx.compile(hidden, q, k, k, target=target).hlo.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
 
 
 REFUSED = {
