@@ -16,7 +16,7 @@ from kpx.kernels.attention import attention_kernel, in_sight, masked, named
 from kpx.kernels.visible import lists, mask_of, read
 
 _MOST_SIZE = 256
-_LEAST = 16  # rows and columns of a product on tensor cores
+LEAST = 16  # rows and columns of a product on tensor cores
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,27 @@ def _supports(
 ) -> str | None:
     if (reason := triton_call.unavailable()) is not None:
         return reason
+    if query.shape[-2] < LEAST:
+        return (
+            f"queries must be {LEAST} at least, and are {query.shape[-2]}: scores of few are small, and plain products"
+        )
+    return takes(query, key, value)
+
+
+def takes(query, key, value) -> str | None:
+    """Why kernels do not take arrays of these types and sizes, or None."""
     if len({query.dtype, key.dtype, value.dtype}) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"it takes bf16, f16 or f32 alone, not {query.dtype}, {key.dtype}, {value.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _MOST_SIZE:
         return f"heads must be of {_MOST_SIZE} at most, and are of {query.shape[-1]} and {value.shape[-1]}"
-    if query.shape[-2] < _LEAST:
-        return (
-            f"queries must be {_LEAST} at least, and are {query.shape[-2]}: scores of few are small, and plain products"
-        )
     if not math.prod(query.shape + key.shape + value.shape):
         return "an array is empty"
     return None
 
 
-def _power(size: int) -> int:
-    return max(_LEAST, 1 << (size - 1).bit_length())
+def power(size: int) -> int:
+    """The power of two that a block of so many is of."""
+    return max(LEAST, 1 << (size - 1).bit_length())
 
 
 # By the bytes of a head's row, as much as on-chip memory holds of what is under way. Not measured: no device was at hand.
@@ -89,7 +95,7 @@ def backward_blocks(platform: str, row_bytes: int) -> Blocks:
 def sizes(query, key, value, further, settings: Settings, blocks: Blocks) -> dict[str, Any]:
     """The kernels' constants, of arrays `[heads of all batches, length, size]` and of those beside them (see `flash`)."""
     length, kv_length = query.shape[-2], key.shape[-2]
-    rows, columns = min(blocks.queries, _power(length)), min(blocks.keys, _power(kv_length))
+    rows, columns = min(blocks.queries, power(length)), min(blocks.keys, power(kv_length))
     kind, strides = 0, [0, 0, 0]
     if (mask := further.get("mask")) is not None:
         rest = [math.prod(mask.shape[axis + 1 :]) for axis in range(3)]
@@ -110,13 +116,13 @@ def sizes(query, key, value, further, settings: Settings, blocks: Blocks) -> dic
         "MASK_BATCH": strides[0], "MASK_HEAD": strides[1], "MASK_ROW": strides[2],
         "SLOPES": "slopes" in further, "BOUNDS": "bounds" in further, "SEGMENTS": "segments" in further,
         "BQ": rows, "BK": columns,
-        "BD": _power(query.shape[-1]), "BV": _power(value.shape[-1]),
+        "BD": power(query.shape[-1]), "BV": power(value.shape[-1]),
         "PRECISION": "ieee" if settings.platform == "rocm" else "tf32",  # what XLA computes f32 products in
     }  # fmt: skip
 
 
 def _row_bytes(query, value) -> int:
-    return max(_power(query.shape[-1]), _power(value.shape[-1])) * query.dtype.itemsize
+    return max(power(query.shape[-1]), power(value.shape[-1])) * query.dtype.itemsize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

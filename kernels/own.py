@@ -3,6 +3,7 @@
 
 from kpx.kernels import (
     activation,
+    attention_decode,
     attention_gpu,
     attention_spellings,
     attention_tpu,
@@ -12,4 +13,5 @@ from kpx.kernels import (
     linear_cross_entropy_spellings,
     norm_gpu,
     norm_spellings,
+    paged_attention,
 )

@@ -9,5 +9,8 @@ from kpx.kernels.attention import attention
 from kpx.kernels.grouped_matmul import grouped_matmul
 from kpx.kernels.linear_cross_entropy import linear_cross_entropy
 from kpx.kernels.norm import layer_norm, rms_norm
+from kpx.kernels.paged_attention import paged_attention
 
-__all__ = ["attention", "gelu", "grouped_matmul", "layer_norm", "linear_cross_entropy", "rms_norm"]
+__all__ = [
+    "attention", "gelu", "grouped_matmul", "layer_norm", "linear_cross_entropy", "paged_attention", "rms_norm",
+]  # fmt: skip
