@@ -94,8 +94,8 @@ def _split(query, key, value, further, settings, length: int, pages):
     chunk = -(-kv_length // (wanted * columns)) * columns
     parts = -(-kv_length // chunk)
     sums, tops, totals = triton_call.triton_call(
-        kernels.decode, query, key, value, *(further.get(name, query) for name in ("mask", "slopes", "bounds")),
-        query if pages is None else pages, grid=programs * parts, warps=blocks.warps, stages=blocks.stages, CHUNK=chunk,
+        kernels.decode, query, key, value, *(further.get(name, attention_gpu.nothing()) for name in ("mask", "slopes", "bounds")),
+        attention_gpu.nothing() if pages is None else pages, grid=programs * parts, warps=blocks.warps, stages=blocks.stages, CHUNK=chunk,
         out=[jax.ShapeDtypeStruct((parts, programs, rows, *s), jnp.float32) for s in ((value.shape[-1],), (), ())],
         **constants,
     )  # fmt: skip

@@ -130,22 +130,27 @@ def _flash(query, key, value, further, settings: Settings):
     return _forward(query, key, value, further, settings)[0]
 
 
-def _operands(further: dict[str, Any], instead) -> list[Any]:
-    """What all kernels take after queries, keys and values; in place of what is not there, an array that is not read."""
-    return [further.get(name, instead) for name in ("mask", "slopes", "bounds", "segments", "kv_segments")]
+def nothing():
+    """What kernels are given in place of an array that is not there: it is not read."""
+    return jnp.zeros((1,), jnp.int32)
 
 
-def _lists(settings: Settings, constants: dict[str, Any], further, instead, by_keys: bool = False):
+def _operands(further: dict[str, Any]) -> list[Any]:
+    """What all kernels take after queries, keys and values."""
+    return [further.get(name, nothing()) for name in ("mask", "slopes", "bounds", "segments", "kv_segments")]
+
+
+def _lists(settings: Settings, constants: dict[str, Any], further, by_keys: bool = False):
     """The arrays beside queries, keys and values, with lists of the blocks that are seen of a mask that is known last; and
     how many numbers each list has."""
     if not settings.bits:
-        return [*_operands(further, instead), instead], 0
+        return [*_operands(further), nothing()], 0
     mask = mask_of(settings.bits, (constants["LENGTH"], constants["KV_LENGTH"]))
     if settings.causal or settings.window:
         row, column = np.arange(mask.shape[0])[:, None], np.arange(mask.shape[1])
         mask = mask & in_sight(row, column, settings.causal, settings.window)
     listed, parts = lists(mask, constants["BQ"], constants["BK"], by_columns=by_keys)
-    return [*_operands(further | {"mask": jnp.asarray(parts)}, instead), jnp.asarray(listed)], listed.shape[1]
+    return [*_operands(further | {"mask": jnp.asarray(parts)}), jnp.asarray(listed)], listed.shape[1]
 
 
 def _forward(query, key, value, further, settings):
@@ -158,9 +163,9 @@ def _forward(query, key, value, further, settings):
         jax.ShapeDtypeStruct((heads, length, value.shape[-1]), query.dtype),
         jax.ShapeDtypeStruct((heads, length), jnp.float32),
     )
-    (*operands, listed), numbers = _lists(settings, constants, further, query)
+    (*operands, listed), numbers = _lists(settings, constants, further)
     out, log_total = triton_call.triton_call(
-        kernels.forward, query, key, value, *operands, further.get("sinks", query), listed, out=outputs, grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
+        kernels.forward, query, key, value, *operands, further.get("sinks", nothing()), listed, out=outputs, grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
         SINKS="sinks" in further, **constants,
     )  # fmt: skip
     return out, (query, key, value, further, out, log_total)
@@ -177,12 +182,12 @@ def _backward(settings, saved, cotangent):
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (query, key, value)]
     rest = cotangent, log_total, delta
     rows, columns = -(-query.shape[1] // constants["BQ"]), -(-key.shape[1] // constants["BK"])
-    operands, numbers = _lists(settings, constants, further, query, by_keys=True)
+    operands, numbers = _lists(settings, constants, further, by_keys=True)
     by_key, by_value = call(
         kernels.backward_keys, query, key, value, *operands, *rest, out=like[1:], grid=key.shape[0] * columns,
         BLOCKS=numbers,
     )  # fmt: skip
-    operands, numbers = _lists(settings, constants, further, query)
+    operands, numbers = _lists(settings, constants, further)
     (by_query,) = call(
         kernels.backward_queries, query, key, value, *operands, *rest, out=like[:1], grid=query.shape[0] * rows,
         BLOCKS=numbers,

@@ -51,6 +51,8 @@ class Pattern:
         mask: the place of an array that hides scores, `[..., length, kv_length]`, or None. Where no input decides it,
             `replace` is told what it is by one keyword more, `visible` (see `kernels.visible`).
         with_gradient_alone: whether it is looked for with its gradient alone, since forward a compiler does as well.
+        shared: the places of two arrays of which parts may be repeated (keys and values, for heads that share them): forward,
+            `replace` is given what is repeated.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
             and the gradients by every array that is not constant. The cotangent may be a scalar, alike everywhere. With
             `carried`, after it comes what is added to the gradient by the first array.
@@ -76,6 +78,7 @@ class Pattern:
     among: tuple[str, ...] = ()
     platforms: tuple[str, ...] = ()
     mask: int | None = None
+    shared: tuple[int, ...] = ()
 
     def spellings(self) -> Iterator[Callable]:
         """Every search."""
@@ -224,6 +227,7 @@ def builtin(
     among: tuple[str, ...] = (),
     platforms: tuple[str, ...] = (),
     mask: int | None = None,
+    shared: tuple[int, ...] = (),
     **numbers: float,
 ) -> Pattern:
     """Registers a pattern of kpx's own, which the tests check."""
@@ -250,6 +254,7 @@ def builtin(
             among=among,
             platforms=platforms,
             mask=mask,
+            shared=shared,
         )
     )
 

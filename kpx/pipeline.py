@@ -25,6 +25,7 @@ from kpx.passes import (
     library,
     loops,
     precision,
+    repeated,
 )
 from kpx.passes.composites import Device
 
@@ -93,7 +94,9 @@ def choose_products(module: ir.Module, context: Context) -> None:
 
 def decompose(module: ir.Module, context: Context) -> None:
     """A stage's body that turns the composites that no kernel takes into their decompositions."""
-    context.kernels |= composites.decompose_unsupported(module, _kernels_for(module, context))
+    if (device := _kernels_for(module, context)) is not None:
+        repeated.take_once(module)
+    context.kernels |= composites.decompose_unsupported(module, device)
 
 
 def know_masks(module: ir.Module, context: Context) -> None:

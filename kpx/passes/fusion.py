@@ -21,7 +21,7 @@ from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
-from kpx.passes import canonicalize, known_masks, pairs, precision, skeletons
+from kpx.passes import canonicalize, known_masks, pairs, precision, repeated, skeletons
 from kpx.passes.composites import Device, replacement
 from kpx.passes.shardings import Shardings
 from kpx.passes.spread import Spread, spread_of
@@ -110,8 +110,21 @@ def _described(module: ir.Module, matches: list[Match]) -> list[Match]:
             match = dataclasses.replace(match, numbers=match.numbers | {"visible": known[mask]})
         elif mask is not None and m.partitions(module) == 1:
             match = _before_broadcast(match, mask)
-        found.append(match)
+        found.append(match if m.partitions(module) > 1 else _before_repeated(match))
     return found
+
+
+def _before_repeated(match: Match) -> Match:
+    """A forward match whose keys and values are what was repeated for the heads that share them."""
+    if not match.pattern.shared:
+        return match
+    places = match.pattern.shared
+    if (found := repeated.both_unrepeated(*(match.inputs[place] for place in places))) is None:
+        return match
+    inputs = list(match.inputs)
+    for place, value in zip(places, found[0], strict=True):
+        inputs[place] = value
+    return dataclasses.replace(match, inputs=tuple(inputs), ops=(*found[1], *match.ops))
 
 
 def _before_broadcast(match: Match, mask: Value) -> Match:
