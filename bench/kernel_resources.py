@@ -18,7 +18,7 @@ _BF16, _F32, _I32 = "*bf16", "*fp32", "*i32"
 
 def every() -> list[dict[str, Any]]:
     """A row for each kernel, in bf16, and each architecture that it is chosen for."""
-    return [row for rows in (attention, grouped, norms) for row in rows()]
+    return [row for rows in (attention, decoding, grouped, norms) for row in rows()]
 
 
 def attention(length: int = 4096, size: int = 128) -> list[dict[str, Any]]:
@@ -27,9 +27,9 @@ def attention(length: int = 4096, size: int = 128) -> list[dict[str, Any]]:
 
     struct = jax.ShapeDtypeStruct((16, length, size), jnp.bfloat16)
     types = {
-        attention_triton.forward: [_BF16] * 5 + [_F32],
-        attention_triton.backward_keys: [_BF16] * 5 + [_F32] * 2 + [_BF16] * 2,
-        attention_triton.backward_queries: [_BF16] * 5 + [_F32] * 2 + [_BF16],
+        attention_triton.forward: [_BF16] * 3 + [_I32] * 7 + [_BF16, _F32],
+        attention_triton.backward_keys: [_BF16] * 3 + [_I32] * 6 + [_BF16] + [_F32] * 2 + [_BF16] * 2,
+        attention_triton.backward_queries: [_BF16] * 3 + [_I32] * 6 + [_BF16] + [_F32] * 2 + [_BF16],
     }
     rows = []
     for architecture, (backend, *_) in ARCHITECTURES.items():
@@ -39,10 +39,26 @@ def attention(length: int = 4096, size: int = 128) -> list[dict[str, Any]]:
             forward = kernel is attention_triton.forward
             choose = attention_gpu.forward_blocks if forward else attention_gpu.backward_blocks
             blocks = choose(platform, 2 * size)
-            constants = attention_gpu.sizes(struct, struct, struct, None, settings, blocks)
+            constants = attention_gpu.sizes(struct, struct, struct, {}, settings, blocks)
+            constants |= {"BLOCKS": 0} | ({"SINKS": False} if forward else {})
             rows.append(
                 _row(f"attention, {kernel.__name__}", kernel, of, constants, blocks.warps, blocks.stages, architecture)
             )
+    return rows
+
+
+def decoding(kv_length: int = 8192, size: int = 128, group: int = 8) -> list[dict[str, Any]]:
+    """Of one query's attention over a cache, whole and in pages."""
+    from kpx.kernels import attention_decode, attention_decode_triton
+
+    types = [_BF16] * 3 + [_I32] * 4 + [_F32] * 3
+    rows = []
+    for architecture, (backend, *_) in ARCHITECTURES.items():
+        platform = "cuda" if backend == "cuda" else "rocm"
+        for name, page in (("decoding", 0), ("decoding, pages", 16)):
+            constants, blocks = attention_decode.example(platform, kv_length, size, group, page)
+            kernel = attention_decode_triton.decode
+            rows.append(_row(name, kernel, types, constants, blocks.warps, blocks.stages, architecture))
     return rows
 
 

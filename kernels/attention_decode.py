@@ -75,27 +75,47 @@ def _bounds(further: dict[str, Any], settings: attention_gpu.Settings, batch: in
     return jnp.stack([bounds[:, 0], jnp.maximum(end, 0)], -1).astype(jnp.int32)
 
 
+def _constants(query, key, value, further, settings, sizes: tuple[int, int], pages):
+    """The kernel's constants and how it is cut, for a batch of so many, of so many queries each (`sizes`)."""
+    programs, rows, _ = query.shape
+    batch, length = sizes
+    page = 0 if pages is None else key.shape[-2]
+    kv_length = key.shape[-2] if pages is None else page * pages.shape[-1]
+    blocks = attention_gpu.Blocks(rows, _KEYS, 4, 2)
+    found = attention_gpu.sizes(query, key, value, further, settings, blocks)
+    columns = min(_KEYS, attention_gpu.power(kv_length))
+    wanted = max(1, min(-(-_PROGRAMS // programs), kv_length // (2 * columns)))
+    found |= {"LENGTH": length, "KV_LENGTH": kv_length, "KV_HEADS": programs // batch, "GROUP": rows // length}
+    found |= {"PAGE": page, "PAGES": 0 if pages is None else pages.shape[-1]}
+    found |= {"POOL": 0 if pages is None else key.shape[-3], "BQ": attention_gpu.power(rows), "BK": columns}
+    found["CHUNK"] = -(-kv_length // (wanted * columns)) * columns
+    return {n: c for n, c in found.items() if n not in ("HEADS", "BOUNDS", "SEGMENTS")}, blocks
+
+
+def example(platform: str, kv_length: int, size: int, group: int, page: int):
+    """What the kernel is compiled with for eight sequences of eight heads of keys in bf16, whole or in pages."""
+
+    def struct(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    settings = attention_gpu.Settings(platform, 8 * group, size**-0.5, False, 0, 0.0)
+    key, pages = struct(64, kv_length, size), None
+    if page:
+        key, pages = struct(8, 8 * kv_length // page, page, size), struct(8, kv_length // page)
+    return _constants(struct(64, group, size), key, key, {}, settings, (8, 1), pages)
+
+
 def _split(query, key, value, further, settings, length: int, pages):
     """Parts of all keys, put together. `query` is `[batch * kv_heads, group * length, size]`; `pages` are a table, or None."""
     from kpx.kernels import attention_decode_triton as kernels
 
     programs, rows, _ = query.shape
-    batch, page = further["bounds"].shape[0], 0 if pages is None else key.shape[-2]
-    kv_length = key.shape[-2] if pages is None else page * pages.shape[-1]
-    blocks = attention_gpu.Blocks(rows, _KEYS, 4, 2)
-    constants = attention_gpu.sizes(query, key, value, further, settings, blocks)
-    columns = constants["BK"] = min(_KEYS, attention_gpu.power(kv_length))
-    constants |= {"LENGTH": length, "KV_LENGTH": kv_length, "KV_HEADS": programs // batch, "GROUP": rows // length}
-    constants |= {"PAGE": page, "PAGES": 0 if pages is None else pages.shape[-1]}
-    constants |= {"POOL": 0 if pages is None else key.shape[-3], "BQ": attention_gpu.power(rows)}
-    for name in ("HEADS", "BOUNDS", "SEGMENTS"):
-        del constants[name]
-    wanted = max(1, min(-(-_PROGRAMS // programs), kv_length // (2 * columns)))
-    chunk = -(-kv_length // (wanted * columns)) * columns
-    parts = -(-kv_length // chunk)
+    batch = further["bounds"].shape[0]
+    constants, blocks = _constants(query, key, value, further, settings, (batch, length), pages)
+    parts = -(-constants["KV_LENGTH"] // constants["CHUNK"])
     sums, tops, totals = triton_call.triton_call(
         kernels.decode, query, key, value, *(further.get(name, attention_gpu.nothing()) for name in ("mask", "slopes", "bounds")),
-        attention_gpu.nothing() if pages is None else pages, grid=programs * parts, warps=blocks.warps, stages=blocks.stages, CHUNK=chunk,
+        attention_gpu.nothing() if pages is None else pages, grid=programs * parts, warps=blocks.warps, stages=blocks.stages,
         out=[jax.ShapeDtypeStruct((parts, programs, rows, *s), jnp.float32) for s in ((value.shape[-1],), (), ())],
         **constants,
     )  # fmt: skip
