@@ -160,10 +160,11 @@ def attention(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if query.ndim == 2:
-        alone = {"sinks": sinks, "slopes": slopes, "segment_ids": segment_ids, "kv_segment_ids": kv_segment_ids}
-        alone |= {"kv_lengths": kv_lengths, "offset": offset}
-        given = {"causal": causal, "window": window, "softcap": softcap, "scale": scale, "mask": mask}
-        return attention(query[None], key[None], value[None], **given, **alone)[0]
+        return attention(
+            query[None], key[None], value[None], mask=mask, causal=causal, window=window, softcap=softcap, scale=scale,
+            sinks=sinks, slopes=slopes, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, kv_lengths=kv_lengths,
+            offset=offset,
+        )[0]  # fmt: skip
     _check(query, key, value, window, softcap)
     lead = jnp.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     query, key, value = (jnp.broadcast_to(a, (*lead, *a.shape[-3:])) for a in (query, key, value))

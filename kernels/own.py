@@ -3,6 +3,7 @@
 
 from kpx.kernels import (
     activation,
+    attention_cpu,
     attention_decode,
     attention_gpu,
     attention_spellings,

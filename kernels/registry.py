@@ -31,12 +31,19 @@ def supports_everything(*avals, **attributes) -> None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run a composite on a target: a JAX function, and when it may be used."""
+    """One way to run a composite on a target: a JAX function, and when it may be used.
+
+    Attributes:
+        supports_gradient: what is asked beside `supports` where the gradient is computed with it.
+        least: the size, in two dimensions, of some batched product's result in modules that are searched for its patterns.
+    """
 
     name: str
     target: str
     function: Callable
     supports: Supports
+    supports_gradient: Supports = supports_everything
+    least: int = 0
 
 
 @dataclass
@@ -65,23 +72,32 @@ class Kernel:
         reverse, and any batching are those of plain JAX. Derivatives of a `bilinear` one are kernels again, and a
         batch of them is computed one by one.
         """
-        if (target := _TARGET.get()) is not None:
+        if (asked := _TARGET.get()) is not None:
             structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
-            chosen, _ = self.choose(target, structs, attributes)
+            chosen, _ = self.choose(asked[0], structs, attributes, differentiated=asked[1])
             return (self.decomposition if chosen is None else chosen.function)(*arrays, **attributes)
         return _composite.bind(*arrays, kernel=self.name, attributes=tuple(sorted(attributes.items())))
 
-    def on(self, target: str, *, supports: Supports = supports_everything) -> Callable:
+    def on(
+        self,
+        target: str,
+        *,
+        supports: Supports = supports_everything,
+        gradient: Supports = supports_everything,
+        least: int = 0,
+    ) -> Callable:
         """Registers an implementation; earlier ones are preferred.
 
         Args:
             target: a platform (`cpu`, `cuda`, `rocm`, `tpu`, `xpu`).
             supports: given the operands' `jax.ShapeDtypeStruct`s and the attributes, gives the
                 reason why this case is not supported, or None.
+            gradient: the same, of what is asked beside `supports` where the gradient is computed with it.
+            least: see `Implementation`.
         """
 
         def register(function: Callable) -> Callable:
-            self.implementations.append(Implementation(function.__name__, target, function, supports))
+            self.implementations.append(Implementation(function.__name__, target, function, supports, gradient, least))
             return function
 
         return register
@@ -96,27 +112,34 @@ class Kernel:
         return transpose
 
     def choose(
-        self, target: str, avals: Sequence[jax.ShapeDtypeStruct], attributes: dict[str, Any]
+        self,
+        target: str,
+        avals: Sequence[jax.ShapeDtypeStruct],
+        attributes: dict[str, Any],
+        *,
+        differentiated: bool = False,
     ) -> tuple[Implementation | None, dict[str, str]]:
-        """The first implementation for a target that supports the case, and why others do not."""
+        """The first implementation for a target that supports the case, with its gradient or alone; and why others do not."""
         refused = {}
         for implementation in self.implementations:
             if implementation.target != target:
                 continue
             reason = implementation.supports(*avals, **attributes)
+            if reason is None and differentiated:
+                reason = implementation.supports_gradient(*avals, **attributes)
             if reason is None:
                 return implementation, refused
             refused[implementation.name] = reason
         return None, refused
 
 
-_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("kpx_kernels_for", default=None)
+_TARGET: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("kpx_kernels_for", default=None)
 
 
 @contextlib.contextmanager
-def implemented_for(target: str) -> Iterator[None]:
+def implemented_for(target: str, *, differentiated: bool = True) -> Iterator[None]:
     """Kernels that are called inside are their implementations for a target, with the gradients that those define."""
-    token = _TARGET.set(target)
+    token = _TARGET.set((target, differentiated))
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import base64
 import functools
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,18 @@ def read(description: str) -> Visible | None:
     return Visible("causal" in words, int(words[-1]) if "window" in words else 0)
 
 
+def narrowed(
+    further: dict[str, Any], causal: bool, window: int, description: str
+) -> tuple[dict[str, Any], bool, int, str]:
+    """Arrays beside queries, keys and values, causality and window, with what is known of the mask among them: where
+    attributes say it all, or bits do, the mask is gone."""
+    if (known := read(description)) is None:
+        return dict(further), causal, window, ""
+    rest = {name: array for name, array in further.items() if name != "mask"}
+    windows = [w for w in (window, known.window) if w]
+    return rest, bool(causal or known.causal), min(windows, default=0), known.bits
+
+
 @functools.lru_cache(maxsize=8)
 def mask_of(bits: str, shape: tuple[int, int]) -> np.ndarray:
     """The mask `[length, kv_length]` that bits stand for."""
@@ -74,7 +87,7 @@ def mask_of(bits: str, shape: tuple[int, int]) -> np.ndarray:
 def blocks(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Of each block of a mask: 0 where nothing is seen, 2 where all is, 1 otherwise. Beyond the mask's end nothing is."""
     cut = _cut(mask, rows, columns)
-    return cut.any((2, 3)).astype(np.int8) + cut.all((2, 3))
+    return np.asarray(cut.any((2, 3)).astype(np.int8) + cut.all((2, 3)))
 
 
 def _cut(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:

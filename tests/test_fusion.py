@@ -256,7 +256,7 @@ def test_a_skeleton_traced_beforehand_is_the_one_traced_now():
         (pattern,) = (p for p in patterns.patterns() if p.name == name)
         for each in (pattern, *patterns.with_gradient(pattern)):
             for group in (0, len(each.searches) - 1):
-                known = skeletons.known(each, group)
+                known = skeletons.known(each, group, on_cpu=False)
                 assert known is not None
                 assert known.bones() == fusion.traced_skeleton(each, group, on_cpu=False).bones()
         assert skeletons.kernels(pattern) == fusion.kernels_of(pattern)
@@ -271,5 +271,5 @@ def test_patterns_that_are_called_alike_have_one_skeleton(on_cpu):
         if pattern.alike:
             graphs = [fusion.traced_skeleton(pattern, group, on_cpu) for group in range(len(pattern.searches))]
             alike.setdefault(pattern.alike, set()).add(tuple(graph.bones() for graph in graphs))
-    assert len([name for name in alike if not name.endswith("gradient")]) == 27
+    assert len([name for name in alike if not name.endswith("gradient")]) == 37
     assert [name for name, bones in alike.items() if len(bones) > 1] == []

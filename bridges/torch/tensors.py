@@ -15,10 +15,11 @@ from kpx.errors import InputError
 from kpx.jax_internals import array_from_capsule, capsule_from_array
 
 _version = operator.attrgetter("_version")
+_ALIGNED = 64  # bytes; XLA reads in place what begins at a multiple, as memory of PyTorch's own does
 
 
 def to_array(tensor: torch.Tensor, device: jax.Device) -> jax.Array:
-    """A JAX array over a CPU tensor's memory (over a copy where it is not contiguous).
+    """A JAX array over a CPU tensor's memory (over a copy where it is not contiguous, or not aligned).
 
     Raises:
         InputError: the tensor is not a dense CPU tensor of a dtype JAX has.
@@ -27,7 +28,12 @@ def to_array(tensor: torch.Tensor, device: jax.Device) -> jax.Array:
         tensor = tensor.resolve_conj().resolve_neg()
     try:
         # DLPack would carry the strides, and an executable takes row-major arrays alone.
-        return array_from_capsule(dlpack.to_dlpack(tensor.contiguous()), device)
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() % _ALIGNED:
+            # XLA would copy in a thread of its own, which then gives the tensor back to Python: at a time when the
+            # interpreter may be ending, and that aborts the process.
+            tensor = tensor.detach().clone()
+        return array_from_capsule(dlpack.to_dlpack(tensor), device)
     except (RuntimeError, ValueError, BufferError) as error:
         return array_from_capsule(dlpack.to_dlpack(plain(tensor, error)), device)
 

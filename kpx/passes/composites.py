@@ -166,7 +166,12 @@ def _choose(name: str, device: Device | None, avals: tuple, attributes: dict[str
 
 
 def replacement(
-    pattern: patterns.Pattern, device: Device | None, avals: tuple, attributes: dict[str, Any]
+    pattern: patterns.Pattern,
+    device: Device | None,
+    avals: tuple,
+    attributes: dict[str, Any],
+    *,
+    differentiated: bool = False,
 ) -> tuple[Callable | None, dict[str, str]]:
     """A pattern's replacement, where every kernel that it calls has an implementation, and otherwise why not."""
     if device is None:
@@ -175,7 +180,7 @@ def replacement(
         jaxpr = jax.make_jaxpr(lambda *arrays: pattern.replace(*arrays, **attributes))(*avals)
     refused: dict[str, str] = {}
     for kernel, structs, stated in registry.calls(jaxpr.jaxpr):
-        implementation, reasons = kernel.choose(device.platform, structs, stated)
+        implementation, reasons = kernel.choose(device.platform, structs, stated, differentiated=differentiated)
         if implementation is None:
             return None, refused | reasons
     return pattern.replace, refused

@@ -168,7 +168,8 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
     arrays = tuple(jax.ShapeDtypeStruct(m.shape(v), m.dtype(v)) for v in match.inputs[:count])
     if spread is not None:
         arrays = tuple(map(spread.part, arrays, spread.letters))
-    return replacement(pattern, device, arrays, match.numbers)[0] is not None
+    differentiated = match.pattern.gradient_of is not None
+    return replacement(pattern, device, arrays, match.numbers, differentiated=differentiated)[0] is not None
 
 
 def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:
@@ -183,7 +184,9 @@ def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iter
         and (not p.among or not there.isdisjoint(p.among))
     ]
     recognised: dict[tuple[Pattern, int], None] = {}
-    candidates = [(p, group) for p in wanted if _is_of_use(p, platform) for group in range(len(p.searches))]
+    largest = _largest_product(module)
+    wanted = [p for p in wanted if is_of_use(p, platform) and _least_product(p, platform) <= largest]
+    candidates = [(p, group) for p in wanted for group in range(len(p.searches))]
     for match in _search(module, matcher, candidates, platform, recognised):
         if not match.pattern.with_gradient_alone:
             yield match
@@ -196,6 +199,19 @@ def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iter
             if (p, group) in recognised or group >= len(p.searches)
         ]
         yield from _search(module, matcher, pairs, platform, {})
+
+
+def _largest_product(module: ir.Module) -> int:
+    """Of the results of batched products, the largest, by the second of its sizes: scores alone are long twice."""
+    largest = 0
+    for op in m.walk(m.main(module)):
+        if not isinstance(op, stablehlo.DotGeneralOp):
+            continue
+        batch = len(list(stablehlo.DotDimensionNumbers(op.dot_dimension_numbers).lhs_batching_dimensions))
+        rest = sorted(m.shape(op.results[0])[batch:])
+        if batch and len(rest) >= 2:
+            largest = max(largest, rest[-2])
+    return largest
 
 
 def _search(
@@ -350,16 +366,26 @@ def _is_differentiated(module: ir.Module) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_of_use(pattern: Pattern, platform: str) -> bool:
+def is_of_use(pattern: Pattern, platform: str) -> bool:
     """Whether every kernel that a pattern's replacement calls has an implementation for a platform."""
     if pattern.platforms and platform not in pattern.platforms:
         return False
     anything = any(i.target == platform for kernel in kernels.kernels() for i in kernel.implementations)
     if pattern.checked and not anything:
         return False  # kpx's own call kernels: told without tracing them
+    return all(any(i.target == platform for i in kernel.implementations) for kernel in _kernels(pattern))
+
+
+def _least_product(pattern: Pattern, platform: str) -> int:
+    """The size, in two dimensions, that some batched product's result must have for a pattern to gain anything."""
+    least = [[i.least for i in kernel.implementations if i.target == platform] for kernel in _kernels(pattern)]
+    return max((min(each) for each in least if each), default=0)
+
+
+def _kernels(pattern: Pattern) -> list[kernels.Kernel]:
     names = skeletons.kernels(pattern)
     called = [kernels.find(name) for name in (kernels_of(pattern) if names is None else names)]
-    return all(any(i.target == platform for i in kernel.implementations) for kernel in called if kernel is not None)
+    return [kernel for kernel in called if kernel is not None]
 
 
 def kernels_of(pattern: Pattern) -> list[str]:
@@ -375,8 +401,7 @@ def _skeleton(pattern: Pattern, group: int, on_cpu: bool) -> Graph:
     """What the spellings of a group have in common, at the example; constants are inputs, after the arrays."""
     key = (pattern.alike or pattern, group, on_cpu)
     if key not in _SKELETONS:
-        known = None if on_cpu else skeletons.known(pattern, group)
-        _SKELETONS[key] = known or traced_skeleton(pattern, group, on_cpu)
+        _SKELETONS[key] = skeletons.known(pattern, group, on_cpu) or traced_skeleton(pattern, group, on_cpu)
     return _SKELETONS[key]
 
 

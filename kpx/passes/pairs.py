@@ -64,7 +64,7 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spr
     pulls: list[Any] = []
 
     def forward(*arrays):
-        with kernels.implemented_for(device.platform):
+        with kernels.implemented_for(device.platform, differentiated=differentiated):
             if not differentiated:
                 return (computed(*arrays),)
             variable, function = hold(computed, pattern.constant, arrays)

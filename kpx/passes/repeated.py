@@ -70,7 +70,7 @@ def take_once(module: ir.Module) -> int:
 
 def both_unrepeated(key: Value, value: Value) -> tuple[list[Value], list[Any]] | None:
     """Keys and values before they are repeated, both as often and along the same dimension, and the ops that repeat them."""
-    found = [unrepeated(v) for v in (key, value)]
-    if found[0] is None or found[1] is None or m.shape(found[0][0])[:-1] != m.shape(found[1][0])[:-1]:
+    keys, values = unrepeated(key), unrepeated(value)
+    if keys is None or values is None or m.shape(keys[0])[:-1] != m.shape(values[0])[:-1]:
         return None
-    return [f[0] for f in found], list(dict.fromkeys(op for f in found for op in f[1]))
+    return [keys[0], values[0]], list(dict.fromkeys([*keys[1], *values[1]]))

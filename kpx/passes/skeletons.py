@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -24,9 +25,9 @@ from kpx.passes import canonicalize, precision
 FILE = pathlib.Path(__file__).with_name("skeletons.json.gz")
 
 
-def known(of: Pattern, group: int) -> Graph | None:
-    """The skeleton of a group of a pattern's spellings, off the CPU, where it has been traced beforehand."""
-    if not of.checked or (found := _read()["skeletons"].get(_key(of, group))) is None:
+def known(of: Pattern, group: int, on_cpu: bool) -> Graph | None:
+    """The skeleton of a group of a pattern's spellings, for the CPU or for others, where it has been traced beforehand."""
+    if not of.checked or (found := _read()["skeletons"].get(_key(of, group, on_cpu))) is None:
         return None
     inputs, outputs, nodes = found
     return Graph(tuple(inputs), tuple(outputs), tuple(Node(name, "", tuple(a), tuple(r)) for name, a, r in nodes), ())
@@ -37,8 +38,8 @@ def kernels(of: Pattern) -> list[str] | None:
     return _read()["kernels"].get(of.name) if of.checked else None
 
 
-def _key(of: Pattern, group: int) -> str:
-    return f"{of.alike or of.name}/{group}"
+def _key(of: Pattern, group: int, on_cpu: bool) -> str:
+    return f"{of.alike or of.name}/{group}{'/cpu' if on_cpu else ''}"
 
 
 @functools.cache
@@ -67,9 +68,11 @@ def write() -> None:
     made: dict[str, Any] = {}
     mine = [p for p in registry.patterns() if p.checked]
     for each in (p for base in mine for p in (base, *registry.with_gradient(base))):
-        for group in range(len(each.searches)):
-            if (key := _key(each, group)) not in made:
-                graph = pattern.stripped(fusion.traced_skeleton(each, group, on_cpu=False))
+        for group, on_cpu in itertools.product(range(len(each.searches)), (False, True)):
+            if on_cpu and not fusion.is_of_use(each.gradient_of or each, "cpu"):
+                continue
+            if (key := _key(each, group, on_cpu)) not in made:
+                graph = pattern.stripped(fusion.traced_skeleton(each, group, on_cpu))
                 nodes = [[n.name, n.operands, n.results] for n in graph.nodes]
                 made[key] = [graph.inputs, graph.outputs, nodes]
     names = {p.name: fusion.kernels_of(p) for p in mine}

@@ -101,6 +101,8 @@ def _letters(pattern: Pattern, place: int, value: Value) -> str:
     letters, shape = (*pattern.parallel, pattern.parallel[0])[place], m.shape(value)
     if not shape:
         return ""  # a cotangent that is alike everywhere
+    if place == pattern.mask:
+        letters = letters[-len(shape) :]  # it may lack the first
     if place in pattern.stacked:
         letters = letters.rjust(len(shape), WHOLE)
     if place not in pattern.constant:

@@ -1,6 +1,8 @@
 """Other ways in and out: JAX training, exported programs, StableHLO, DLPack, generation."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +158,19 @@ def test_arguments_of_another_shape_are_refused():
 
 
 # DLPack ----------------------------------------------------------------------------------------
+
+
+_UNALIGNED = """
+import jax, torch
+from kpx.bridges.torch.tensors import to_array
+tensors = [torch.zeros((1 << 20) + 1)[1:] for _ in range(40)]
+arrays = [to_array(tensor, jax.devices("cpu")[0]) for tensor in tensors]
+"""
+
+
+def test_a_process_that_ends_as_unaligned_tensors_are_read_ends_well():
+    done = subprocess.run([sys.executable, "-c", _UNALIGNED], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.complex64, torch.bool])

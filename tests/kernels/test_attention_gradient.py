@@ -101,7 +101,7 @@ def test_a_kernel_that_raises_is_left_out_with_a_warning(differentiated):
         raise RuntimeError("no such instruction")
 
     attention_kernel.on("cpu")(broken)
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
     try:
         q, k, v = (np.random.default_rng(i).standard_normal((2, 2, 128, 64)).astype(np.float32) for i in range(3))
         function = _gradients(_scaled_after) if differentiated else _scaled_after
@@ -111,17 +111,17 @@ def test_a_kernel_that_raises_is_left_out_with_a_warning(differentiated):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     finally:
         attention_kernel.implementations.pop()
-        fusion._is_of_use.cache_clear()
+        fusion.is_of_use.cache_clear()
 
 
 @pytest.fixture
 def on_the_cpu():
     """The TPU's kernel for the CPU, interpreted, so that what is spliced can be run."""
     attention_kernel.on("cpu")(interpreted)
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
     yield
     attention_kernel.implementations.pop()
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
 
 
 @pytest.mark.parametrize("written", WRITTEN)

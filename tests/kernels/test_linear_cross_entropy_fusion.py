@@ -134,10 +134,10 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr("kpx.kernels.linear_cross_entropy._LEAST_CHUNK", 16)
     monkeypatch.setattr("kpx.kernels.linear_cross_entropy._CHUNK_BYTES", 1)
     linear_cross_entropy_kernel.on("cpu")(chunked)
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
     yield
     linear_cross_entropy_kernel.implementations.pop()
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
 
 
 def _arrays(dtype, axis, vocabulary=50):

@@ -196,11 +196,11 @@ def on_cpu():
     kernels = norm.norm_kernel, norm.carried_kernel
     for kernel in kernels:
         kernel.on("cpu")(kernel.decomposition)
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
     yield
     for kernel in kernels:
         kernel.implementations.pop()
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
 
 
 @pytest.mark.parametrize("carried", [pytest.param(False, marks=pytest.mark.slow), True])

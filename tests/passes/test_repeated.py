@@ -63,10 +63,10 @@ def narrow():
         seen.append(key.shape[-3])
         return attention_kernel.decomposition(query, key, value, *arrays, **attributes)
 
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
     yield seen
     attention_kernel.implementations.remove(next(i for i in attention_kernel.implementations if i.name == "plain"))
-    fusion._is_of_use.cache_clear()
+    fusion.is_of_use.cache_clear()
 
 
 @pytest.mark.parametrize("model", MODELS)
