@@ -32,6 +32,7 @@ import kpx
 from bench import kernel_resources
 from kpx.hardware import cpu, plugins
 from kpx.kernels.attention import attention_kernel
+from kpx.kernels.paged_attention import paged_attention_kernel
 
 TARGETS = ("cuda:h100", "cuda:h200", "cuda:b200", "rocm:mi300x", "tpu-v5e", "tpu-v6e", "tpu-v5p")
 
@@ -100,10 +101,39 @@ def grouped_case(rows: int, groups: int, size: int, width: int) -> dict[str, Any
     return {"shapes": ((rows, size), (groups, size, width)), "others": {}} | found
 
 
+def decoding_case(kv_length: int, batch: int = 8, page: int = 0) -> dict[str, Any]:
+    """One query's attention over a cache that is half full, bf16, 32 heads that share 8; whole, or in pages."""
+    lengths = np.full(batch, kv_length // 2, np.int32)
+    if not page:
+
+        def plain(q, k, v):
+            given = {"scale": 128**-0.5, "causal": False, "given": "kv_lengths"}
+            return attention_kernel.decomposition(q, k, v, jnp.asarray(lengths), **given)
+
+        def ours(q, k, v):
+            return kpx.ops.attention(q, k, v, kv_lengths=jnp.asarray(lengths))
+
+        cache = (batch, 8, kv_length, 128)
+        return {"shapes": ((batch, 32, 1, 128), cache, cache), "plain": plain, "kpx": ours, "others": {}, "alone": True}
+    each = kv_length // page
+    table = np.random.default_rng(0).permutation(batch * each).reshape(batch, each).astype(np.int32)
+
+    def in_pages(function, q, k, v):
+        return function(q, k, v, jnp.asarray(lengths), jnp.asarray(table), scale=128**-0.5)
+
+    forms = {"plain": functools.partial(in_pages, paged_attention_kernel.decomposition)}
+    forms["kpx"] = functools.partial(in_pages, kpx.ops.paged_attention)
+    pages = (8, batch * each, page, 128)
+    return {"shapes": ((batch, 32, 128), pages, pages), "others": {}, "alone": True} | forms
+
+
 def cases(small: bool) -> dict[str, dict[str, Any]]:
     """What is measured and compiled, by name."""
     lengths = (256,) if small else (4096, 16384)
     found = {f"attention, {n}": attention_case(n) for n in lengths}
+    cache = 512 if small else 8192
+    found[f"decoding, a cache of {cache}"] = decoding_case(cache)
+    found[f"decoding, {cache} in pages"] = decoding_case(cache, page=16)
     tokens, vocabulary, size = (64, 1000, 32) if small else (8192, 128256, 4096)
     found[f"linear + cross-entropy, {vocabulary}"] = loss_case(tokens, vocabulary, size)
     rows, groups, size, width = (64, 4, 32, 16) if small else (8192, 16, 2048, 1024)
@@ -211,7 +241,12 @@ def main() -> int:
     warnings.simplefilter("ignore")
     console = Console()
     device = jax.devices()[0]
-    runs = [(name, case, backward) for name, case in cases(given.small).items() for backward in (False, True)]
+    runs = [
+        (name, case, backward)
+        for name, case in cases(given.small).items()
+        for backward in (False, True)
+        if not (backward and case.get("alone"))
+    ]
     label = lambda name, backward: f"{name}, {'forward and backward' if backward else 'forward'}"  # noqa: E731
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
