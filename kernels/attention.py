@@ -182,8 +182,9 @@ def attention(
     arrays = {name: jnp.asarray(a) for name, a in arrays.items() if a is not None}
     _check_arrays(arrays, query, key)
     arrays = {name: _whole(name, a, lead) for name, a in arrays.items()}
-    traced = isinstance(query, jax.core.Tracer)  # else no kernel is chosen
-    if mask is not None and traced and (known := described(mask, query.shape[-2], key.shape[-2])):
+    # Else no kernel is chosen, or what is causal in the mask is not as positions are.
+    worth = mask is not None and isinstance(query, jax.core.Tracer) and offset is None
+    if worth and (known := described(mask, query.shape[-2], key.shape[-2])):
         attributes["visible"] = known
     if arrays and tuple(arrays) != ("mask",):
         attributes["given"] = " ".join(arrays)

@@ -103,11 +103,9 @@ def sizes(query, key, value, further, settings: Settings, blocks: Blocks) -> dic
         strides = [stride if size > 1 else 0 for stride, size in zip(rest, mask.shape, strict=False)]
     elif settings.bits:
         kind, strides = 1, [0, 0, columns]  # a block's own mask
-    low = (
-        max(settings.low * math.log2(math.e), float(np.finfo(np.float32).min))
-        if settings.low > -math.inf
-        else -math.inf
-    )
+    low = settings.low * math.log2(math.e)
+    if low > -math.inf:
+        low = max(low, float(np.finfo(np.float32).min))
     return {
         "LENGTH": length, "KV_LENGTH": kv_length, "SIZE": query.shape[-1], "VALUE_SIZE": value.shape[-1],
         "HEADS": settings.heads, "GROUP": query.shape[0] // key.shape[0], "SCALE": settings.scale,
@@ -165,7 +163,8 @@ def _forward(query, key, value, further, settings):
     )
     (*operands, listed), numbers = _lists(settings, constants, further)
     out, log_total = triton_call.triton_call(
-        kernels.forward, query, key, value, *operands, further.get("sinks", nothing()), listed, out=outputs, grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
+        kernels.forward, query, key, value, *operands, further.get("sinks", nothing()), listed, out=outputs,
+        grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
         SINKS="sinks" in further, **constants,
     )  # fmt: skip
     return out, (query, key, value, further, out, log_total)
@@ -193,12 +192,17 @@ def _backward(settings, saved, cotangent):
         BLOCKS=numbers,
     )  # fmt: skip
     by_further = _by_others(query, key, value, further, cotangent, log_total, delta, settings)
-    if (mask := further.get("mask")) is not None and mask.dtype != bool and mask.shape[-2] > 1:
+    if (mask := further.get("mask")) is not None and _has_rows(mask):
         (by_further["mask"],) = call(
-            kernels.backward_mask, query, key, value, *operands[:-1], *rest, out=[jax.ShapeDtypeStruct(mask.shape, mask.dtype)],
-            grid=math.prod(mask.shape[:2]) * rows * columns, BATCHES=query.shape[0] // settings.heads,
+            kernels.backward_mask, query, key, value, *operands[:-1], *rest,
+            out=[jax.ShapeDtypeStruct(mask.shape, mask.dtype)], grid=math.prod(mask.shape[:2]) * rows * columns, BATCHES=query.shape[0] // settings.heads,
         )  # fmt: skip
     return by_query, by_key, by_value, by_further
+
+
+def _has_rows(mask) -> bool:
+    """Whether a mask is of numbers of each query's own: the gradient by those has a kernel."""
+    return mask.dtype != bool and mask.shape[-2] > 1
 
 
 def _by_others(query, key, value, further, cotangent, log_total, delta, settings) -> dict[str, Any]:
@@ -219,7 +223,7 @@ def _by_others(query, key, value, further, cotangent, log_total, delta, settings
         if "bounds" in further:
             row = row + further["bounds"][:, 0, None, None, None]
         found["slopes"] = -jnp.sum(by_scores * jnp.abs(row - column), (0, 2, 3)).astype(slopes.dtype)
-    if (mask := further.get("mask")) is not None and mask.dtype != bool:
+    if (mask := further.get("mask")) is not None and mask.dtype != bool and not _has_rows(mask):
         by_scores = _scores_gradient(query, key, value, further, cotangent, log_total, delta, settings)
         whole = tuple(axis for axis, size in enumerate(mask.shape) if size == 1)
         found["mask"] = jnp.sum(by_scores, whole, keepdims=True).astype(mask.dtype)
@@ -253,7 +257,8 @@ def settle(
     *lead, heads, length, _ = query.shape
     further, batch, kv_length = named(arrays, given), math.prod(lead), key.shape[-2]
     bits = ""
-    if (seen := read(visible)) is not None:
+    # Blocks that are listed as whole are not looked at again, so nothing else may hide a part of them at run time.
+    if (seen := read(visible)) is not None and not (seen.bits and "kv_lengths" in further):
         del further["mask"]
         bits, causal, window = seen.bits, causal or seen.causal, min(window or seen.window, seen.window or window)
     if (mask := further.get("mask")) is not None:

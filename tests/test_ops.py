@@ -46,6 +46,35 @@ def test_a_window_hides_what_is_far_and_a_cap_bounds_scores():
     np.testing.assert_allclose(kpx.ops.attention(q, k, v, window=3, softcap=1.5), weights @ v, rtol=1e-5)
 
 
+def test_a_mask_is_of_rows_and_causality_of_positions():
+    q, k = jax.ShapeDtypeStruct((2, 4, 32, 16), jnp.bfloat16), jax.ShapeDtypeStruct((2, 4, 64, 16), jnp.bfloat16)
+    mask = np.tri(32, 64, dtype=bool)
+    for offset, holds in ((None, True), (7, False)):
+        jaxpr = jax.make_jaxpr(lambda q, k, o=offset: kpx.ops.attention(q, k, k, mask=mask, causal=True, offset=o))(
+            q, k
+        )
+        assert ("('visible', 'causal')" in str(jaxpr)) == holds
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sinks": jnp.ones(3)},
+        {"slopes": jnp.ones((2, 4))},
+        {"kv_lengths": jnp.ones(3, int)},
+        {"kv_lengths": jnp.ones(2)},
+        {"segment_ids": jnp.ones((2, 31), int)},
+        {"kv_segment_ids": jnp.ones((2, 32), int)},
+        {"mask": jnp.ones((3, 1, 1, 32), bool)},
+        {"mask": jnp.ones((32, 32), int)},
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_go_with_attention_are_refused(wrong):
+    with pytest.raises(kpx.InputError, match="was given"):
+        kpx.ops.attention(Q, K, K, **wrong)
+
+
 def test_attention_over_no_keys_is_zero():
     out = kpx.ops.attention(Q, K[:, :, :0], K[:, :, :0])
     assert out.shape == Q.shape

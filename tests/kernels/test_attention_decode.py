@@ -60,7 +60,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("rocm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", STEPS)
 def test_a_step_over_a_cache_is_attention_with(what, platform):
     names, given = STEPS[what]
@@ -177,7 +177,12 @@ def test_pages_that_do_not_go_together_are_refused(says):
         REFUSED[says](*_pages())
 
 
-TARGETS = ["cuda:a100", "cuda:h100", "cuda:b200", "rocm:mi300x"]
+TARGETS = [
+    pytest.param("cuda:a100", marks=pytest.mark.slow),
+    "cuda:h100",
+    pytest.param("cuda:b200", marks=pytest.mark.slow),
+    "rocm:mi300x",
+]
 
 
 def _struct(*shape, dtype=jnp.bfloat16):
@@ -195,7 +200,9 @@ def test_a_step_compiles_and_its_kernel_is_chosen(target):
     assert TRITON_CALL in compiled.hlo
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "tpu-v5e", "tpu-v6e", "tpu-v5p"])
+@pytest.mark.parametrize(
+    "target", [*TARGETS, "tpu-v5e", *(pytest.param(t, marks=pytest.mark.slow) for t in ("tpu-v6e", "tpu-v5p"))]
+)
 def test_paged_attention_compiles_and_gathers_no_pages(target):
     q, pages = _struct(8, 32, 128), _struct(8, 512, 16, 128)
     spec = [q, pages, pages, _struct(8, dtype=jnp.int32), _struct(8, 64, dtype=jnp.int32)]

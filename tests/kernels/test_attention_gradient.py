@@ -18,6 +18,7 @@ from tests.kernels.test_attention_fusion import (
     _mask_added,
     _scaled_after,
     _scaled_before_and_hidden,
+    on_each_target,
 )
 from tests.reference import assert_closer
 
@@ -44,8 +45,7 @@ def _gradients(function):
     return both
 
 
-@pytest.mark.parametrize("target", KERNELS)
-@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize(("written", "target"), on_each_target(WRITTEN))
 def test_attention_and_its_gradient_become_kernels_and_never_hold_the_scores(written, target):
     function, spec = WRITTEN[written]
     compiled = kpx.compile(_gradients(function), spec, spec, spec, target=target)
