@@ -65,6 +65,12 @@ def masked(scores, further: dict[str, Any], causal: bool, window: int, softcap: 
         row = row + _by_batch(further["offset"])
     if "slopes" in further:
         scores = scores - further["slopes"].astype(dtype)[:, None, None] * jnp.abs(row - column).astype(dtype)
+    if "mask" in further:
+        mask = further["mask"]
+        if mask.dtype == bool:
+            scores = jnp.where(mask, scores, jnp.asarray(lowest, dtype))
+        else:
+            scores = scores + mask.astype(dtype)
     if causal or window:
         scores = jnp.where(in_sight(row, column, causal, window), scores, low)
     if "kv_lengths" in further:
@@ -73,12 +79,6 @@ def masked(scores, further: dict[str, Any], causal: bool, window: int, softcap: 
         segments = further["segments"]
         same = segments[..., :, None] == further.get("kv_segments", segments)[..., None, :]
         scores = jnp.where(same[..., None, :, :], scores, low)
-    if "mask" in further:
-        mask = further["mask"]
-        if mask.dtype == bool:
-            scores = jnp.where(mask, scores, jnp.asarray(lowest, dtype))
-        else:
-            scores = scores + mask.astype(dtype)
     return scores
 
 
@@ -193,11 +193,14 @@ def attention(
 
 def described(mask, length: int, kv_length: int) -> str:
     """What is known of a mask while compiling, in words; "" of one that is traced, not of bools, or not alike for all heads."""
-    if isinstance(mask, jax.core.Tracer) or mask.dtype != bool or any(n != 1 for n in mask.shape[:-2]):
+    if isinstance(mask, jax.core.Tracer):
+        return ""
+    mask = np.asarray(mask)
+    if mask.dtype != bool or any(n != 1 for n in mask.shape[:-2]):
         return ""
     if mask.ndim < 2 or mask.shape[-2:] != (length, kv_length):
         return ""
-    return visible.describe(np.asarray(mask).reshape(length, kv_length))
+    return visible.describe(mask.reshape(length, kv_length))
 
 
 def _whole(name: str, array, lead: tuple[int, ...]):

@@ -9,7 +9,7 @@ which are a batch's. Keys from `bounds[batch, 1]` on are not read. The rest is a
 import triton
 import triton.language as tl
 
-from kpx.kernels.attention_triton import LOG2_E, _score, _store
+from kpx.kernels.attention_triton import LOG2_E, _score, _store, take_in
 
 
 @triton.jit
@@ -73,14 +73,8 @@ def decode(query, key, value, mask, slopes, bounds, pages, sums_out, tops, total
                 seen & (position[:, None] - columns[None, :] < WINDOW) & (columns[None, :] - position[:, None] < WINDOW)
             )
         scores = tl.where(seen, scores, float("-inf"))
-        highest = tl.maximum(top, tl.max(scores, 1))
-        least = tl.where(highest == float("-inf"), 0.0, highest)  # of a query that has seen nothing
-        weights = tl.exp2(scores - least[:, None])
-        shrink = tl.exp2(top - least)
         values = _rows_of_keys(value, places, columns, kv_length, VALUE_SIZE, BV)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
-        top = highest
+        top, total, sums = take_in(scores, values, top, total, sums, PRECISION)
     place = (part * (tl.num_programs(0) // count) + kv_head) * rows_there
     _store(sums_out + place * VALUE_SIZE, rows, v, sums, rows_there, VALUE_SIZE)
     tl.store(tops + place + rows, top, there)

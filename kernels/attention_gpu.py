@@ -13,7 +13,7 @@ import numpy as np
 
 from kpx.kernels import triton_call
 from kpx.kernels.attention import attention_kernel, in_sight, masked, named
-from kpx.kernels.visible import lists, mask_of, read
+from kpx.kernels.visible import lists, mask_of, narrowed
 
 _MOST_SIZE = 256
 LEAST = 16  # rows and columns of a product on tensor cores
@@ -256,11 +256,9 @@ def settle(
     (of size 1 where it is broadcast, less the last), first positions and lengths together as bounds, all by batch."""
     *lead, heads, length, _ = query.shape
     further, batch, kv_length = named(arrays, given), math.prod(lead), key.shape[-2]
-    bits = ""
     # Blocks that are listed as whole are not looked at again, so nothing else may hide a part of them at run time.
-    if (seen := read(visible)) is not None and not (seen.bits and "kv_lengths" in further):
-        del further["mask"]
-        bits, causal, window = seen.bits, causal or seen.causal, min(window or seen.window, seen.window or window)
+    known = "" if visible.startswith("bits") and "kv_lengths" in further else visible
+    further, causal, window, bits = narrowed(further, causal, window, known)
     if (mask := further.get("mask")) is not None:
         shape = (1,) * (query.ndim - mask.ndim) + mask.shape
         if any(size != 1 for size in shape[: len(lead)]):

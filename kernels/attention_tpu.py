@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels import visible
 from kpx.kernels.attention import attention_kernel, in_sight, named
+from kpx.kernels.visible import mask_of, narrowed
 
 _LANES = 128
 _BLOCK = 512  # rows of queries, and of keys, at a time
@@ -35,16 +35,12 @@ class Sight:
     def mask(self, length: int, kv_length: int) -> np.ndarray:
         """All of it in one array of bools."""
         row, column = np.arange(length)[:, None], np.arange(kv_length)
-        seen = visible.mask_of(self.bits, (length, kv_length)) if self.bits else np.ones((length, kv_length), bool)
+        seen = mask_of(self.bits, (length, kv_length)) if self.bits else np.ones((length, kv_length), bool)
         return seen & in_sight(row, column, self.causal, self.window) if self.causal or self.window else seen
 
 
 def _sight(causal: bool, window: int, description: str) -> Sight:
-    known = visible.read(description)
-    if known is None:
-        return Sight(bool(causal), int(window), "")
-    windows = [w for w in (window, known.window) if w]
-    return Sight(bool(causal or known.causal), min(windows, default=0), known.bits)
+    return Sight(*narrowed({}, causal, window, description)[1:])
 
 
 def _supports(

@@ -5,8 +5,9 @@ Arrays are row-major: queries `[BATCH * HEADS, LENGTH, SIZE]`, keys `[BATCH * HE
 which what is beyond an array's end is not read and not written. Sums are in f32; powers are of two.
 
 Of what all kernels share: SCALE multiplies scores; SOFTCAP caps them (0: not); CAUSAL hides later keys; WINDOW hides keys
-that far away (0: none); MASK is 0 without a mask, 1 for bools, where what is hidden gets the score LOW (times log2(e)), 2 for numbers that are added, and the mask's strides over
-the batch, heads and queries are MASK_BATCH, MASK_HEAD and MASK_ROW; PRECISION is that of products of f32. Arrays that are
+that far away (0: none); MASK is 0 without a mask, 1 for bools, where what is hidden gets the score LOW (times log2(e)), 2 for
+numbers that are added, and the mask's strides over the batch, heads and queries are MASK_BATCH, MASK_HEAD and MASK_ROW;
+PRECISION is that of products of f32. Arrays that are
 not there are not read: `slopes [HEADS]` of what scores lose by distance (SLOPES); `bounds [BATCH, 2]`, the first query's
 position and the number of keys that are there (BOUNDS); `segments [BATCH, LENGTH]` and `kv_segments [BATCH, KV_LENGTH]`,
 which must be alike (SEGMENTS); and `blocks`, for each block of queries (of keys, where gradients by those are computed):
@@ -115,6 +116,18 @@ def _own_mask(mask, listed, i, row, column, BLOCKS: tl.constexpr, BQ: tl.constex
 
 
 @triton.jit
+def take_in(scores, values, top, total, sums, PRECISION: tl.constexpr):
+    """A block of masked scores and values taken into queries' maxima, totals and weighted sums."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    least = tl.where(highest == float("-inf"), 0.0, highest)  # of a query that has seen nothing
+    weights = tl.exp2(scores - least[:, None])
+    shrink = tl.exp2(top - least)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
+    return highest, total, sums
+
+
+@triton.jit
 def _attend(query, top, total, sums, first, begin, end, key, value, mask, slope, offset, kv_length, segments, kv_segments,
             listed, LENGTH: tl.constexpr, KV_LENGTH: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
             SCALE: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, LOW: tl.constexpr,
@@ -135,14 +148,8 @@ def _attend(query, top, total, sums, first, begin, end, key, value, mask, slope,
         scores = _score(query, keys, SCALE, SOFTCAP, PRECISION)
         scores = _hide(scores, rows[:, None], columns[None, :], hidden, slope, offset, kv_length, segments, kv_segments, LENGTH,
                        KV_LENGTH, CAUSAL, WINDOW, MASK, LOW, MASK_ROW, SLOPES, SEGMENTS, EDGE)  # fmt: skip
-        highest = tl.maximum(top, tl.max(scores, 1))
-        least = tl.where(highest == float("-inf"), 0.0, highest)  # of a query that has seen nothing
-        weights = tl.exp2(scores - least[:, None])
-        shrink = tl.exp2(top - least)
         values = _load(value, columns, v, KV_LENGTH, VALUE_SIZE, BK, BV)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision=PRECISION)
-        top = highest
+        top, total, sums = take_in(scores, values, top, total, sums, PRECISION)
     return top, total, sums
 
 

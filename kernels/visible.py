@@ -71,7 +71,7 @@ def narrowed(
     """Arrays beside queries, keys and values, causality and window, with what is known of the mask among them: where
     attributes say it all, or bits do, the mask is gone."""
     if (known := read(description)) is None:
-        return dict(further), causal, window, ""
+        return dict(further), bool(causal), int(window), ""
     rest = {name: array for name, array in further.items() if name != "mask"}
     windows = [w for w in (window, known.window) if w]
     return rest, bool(causal or known.causal), min(windows, default=0), known.bits

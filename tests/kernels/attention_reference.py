@@ -47,6 +47,15 @@ def check(kernel, arrays, *, relative=2e-6, hidden=None, added=None, fixed=None,
     return ours
 
 
+def arrays_of(shape, dtype=np.float32, seed=0):
+    """Queries, keys, values and a cotangent, of batch, heads, heads of keys, length, keys, size, and of values if other."""
+    batch, heads, kv_heads, length, kv_length, size, value_size = (*shape, shape[5])[:7]
+    rng = np.random.default_rng(seed)
+    shapes = ((heads, length, size), (kv_heads, kv_length, size), (kv_heads, kv_length, value_size),
+              (heads, length, value_size))  # fmt: skip
+    return [rng.standard_normal((batch, *s)).astype(dtype) for s in shapes]
+
+
 def banded(length, kv_length=None):
     """A mask of blocks: what is near, and the first 32 keys for everyone."""
     row, column = np.arange(length)[:, None], np.arange(kv_length or length)

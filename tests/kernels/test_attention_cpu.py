@@ -9,7 +9,7 @@ import torch
 import kpx
 from kpx.kernels import visible
 from kpx.kernels.attention_cpu import in_chunks
-from tests.kernels.attention_reference import banded, check, further
+from tests.kernels.attention_reference import arrays_of, banded, check, further
 
 # Batch, heads, heads of keys, length, keys, size, and of values.
 SHAPES = {
@@ -28,18 +28,10 @@ SETTINGS = {
 }
 
 
-def _arrays(shape):
-    batch, heads, kv_heads, length, kv_length, size, value_size = shape
-    rng = np.random.default_rng(0)
-    shapes = ((heads, length, size), (kv_heads, kv_length, size), (kv_heads, kv_length, value_size),
-              (heads, length, value_size))  # fmt: skip
-    return [rng.standard_normal((batch, *s)).astype(np.float32) for s in shapes]
-
-
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_results_and_gradients_are_those_of_attention(shape, settings):
-    check(in_chunks, _arrays(SHAPES[shape]), **SETTINGS[settings])
+    check(in_chunks, arrays_of(SHAPES[shape]), **SETTINGS[settings])
 
 
 FURTHER = {
@@ -58,21 +50,21 @@ def test_results_and_gradients_are_those_of_attention_given(what):
     arrays = further(2, 4, 300, 500)
     variable = {n: arrays[n] for n in names.split() if n in ("sinks", "slopes")}
     fixed = {n: arrays[n] for n in names.split() if n not in variable}
-    check(in_chunks, _arrays((2, 4, 2, 300, 500, 16, 16)), fixed=fixed, variable=variable, relative=4e-6, **given)
+    check(in_chunks, arrays_of((2, 4, 2, 300, 500, 16, 16)), fixed=fixed, variable=variable, relative=4e-6, **given)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 300), (1, 4, 300, 300), (300, 300), (2, 4, 300, 1)])
 def test_masks_are_cut_with_the_queries_and_keys(shape, causal):
     seen = np.random.default_rng(0).random(shape) < 0.6
-    check(in_chunks, _arrays((2, 4, 2, 300, 300, 16, 16)), hidden=seen, causal=causal)
+    check(in_chunks, arrays_of((2, 4, 2, 300, 300, 16, 16)), hidden=seen, causal=causal)
     added = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    check(in_chunks, _arrays((2, 4, 2, 300, 300, 16, 16)), added=added, causal=causal)
+    check(in_chunks, arrays_of((2, 4, 2, 300, 300, 16, 16)), added=added, causal=causal)
 
 
 def test_a_mask_that_is_known_is_taken_as_it_is():
     seen = banded(300)
-    check(in_chunks, _arrays((2, 4, 2, 300, 300, 16, 16)), hidden=seen, visible=visible.in_bits(seen))
+    check(in_chunks, arrays_of((2, 4, 2, 300, 300, 16, 16)), hidden=seen, visible=visible.in_bits(seen))
 
 
 def test_a_module_of_pytorch_and_a_function_of_jax_are_computed_in_chunks_where_they_are_long():

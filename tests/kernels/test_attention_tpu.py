@@ -6,7 +6,7 @@ import pytest
 
 from kpx.kernels import visible
 from kpx.kernels.attention_tpu import interpreted
-from tests.kernels.attention_reference import banded, check, further
+from tests.kernels.attention_reference import arrays_of, banded, check, further
 
 # Batch, heads, heads of keys, length, keys, size; and what is computed.
 CASES = {
@@ -22,21 +22,14 @@ CASES = {
 }
 
 
-def _arrays(shape, dtype):
-    batch, heads, kv_heads, length, kv_length, size = shape
-    rng = np.random.default_rng(0)
-    shapes = (heads, length, size), (kv_heads, kv_length, size), (kv_heads, kv_length, size), (heads, length, size)
-    return [rng.standard_normal((batch, *s)).astype(dtype) for s in shapes]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_results_and_gradients_are_those_of_attention(case):
     shape, given = CASES[case]
-    check(interpreted, _arrays(shape, np.float32), **given)
+    check(interpreted, arrays_of(shape, np.float32), **given)
 
 
 def test_results_and_gradients_in_bf16_are_those_of_attention():
-    check(interpreted, _arrays((1, 4, 2, 256, 256, 64), jnp.bfloat16), causal=True, relative=8e-3)
+    check(interpreted, arrays_of((1, 4, 2, 256, 256, 64), jnp.bfloat16), causal=True, relative=8e-3)
 
 
 @pytest.mark.parametrize("given", [{}, {"causal": True}, {"window": 30}, {"causal": True, "window": 20}])
@@ -45,7 +38,7 @@ def test_keys_that_bools_hide_have_no_weight_and_a_query_that_sees_none_is_zero(
     seen = np.random.default_rng(0).random((2, 1, 1, length)) < 0.5
     seen[0, ..., :50] = False
     seen[1] = False
-    out, by_query, _, _ = check(interpreted, _arrays((2, 4, 2, length, length, 64), np.float32), hidden=seen, **given)
+    out, by_query, _, _ = check(interpreted, arrays_of((2, 4, 2, length, length, 64), np.float32), hidden=seen, **given)
     assert not np.any(out[1])
     assert not np.any(by_query[1])
 
@@ -68,7 +61,7 @@ def test_results_and_gradients_are_those_of_attention_given(what, length):
     arrays = further(3, 4, length, length)
     variable = {n: arrays[n] for n in names.split() if n == "sinks"}
     fixed = {n: arrays[n] for n in names.split() if n not in variable}
-    check(interpreted, _arrays((3, 4, 2, length, length, 64), np.float32), fixed=fixed, variable=variable, relative=4e-6,
+    check(interpreted, arrays_of((3, 4, 2, length, length, 64), np.float32), fixed=fixed, variable=variable, relative=4e-6,
           **given)  # fmt: skip
 
 
@@ -78,7 +71,7 @@ def test_a_known_mask_is_taken_as_it_is(length, further_names):
     seen = banded(length)
     seen[7] = False
     fixed = {n: further(2, 2, length, length)[n] for n in further_names.split()}
-    check(interpreted, _arrays((2, 2, 2, length, length, 64), np.float32), fixed={"mask": seen} | fixed, causal=True,
+    check(interpreted, arrays_of((2, 2, 2, length, length, 64), np.float32), fixed={"mask": seen} | fixed, causal=True,
           visible=visible.in_bits(seen))  # fmt: skip
 
 
@@ -86,4 +79,4 @@ def test_a_known_mask_is_taken_as_it_is(length, further_names):
 def test_a_query_that_sees_nothing_sees_all_alike_where_what_is_hidden_has_a_score(length):
     seen = np.random.default_rng(0).random((2, 1, 1, length)) < 0.5
     seen[1] = False
-    check(interpreted, _arrays((2, 4, 2, length, length, 64), np.float32), hidden=seen, low=-1e9)
+    check(interpreted, arrays_of((2, 4, 2, length, length, 64), np.float32), hidden=seen, low=-1e9)

@@ -12,7 +12,7 @@ from kpx.kernels import visible
 from kpx.kernels.attention import attention, attention_kernel
 from kpx.kernels.attention_gpu import flash
 from kpx.kernels.registry import implemented_for
-from tests.kernels.attention_reference import banded, both, check, further
+from tests.kernels.attention_reference import arrays_of, banded, both, check, further
 
 pytest.importorskip("triton")
 
@@ -31,16 +31,8 @@ SHAPES = {
 }
 
 
-def _arrays(shape, dtype, seed=0):
-    batch, heads, kv_heads, length, kv_length, size, value_size = shape
-    rng = np.random.default_rng(seed)
-    shapes = ((heads, length, size), (kv_heads, kv_length, size), (kv_heads, kv_length, value_size),
-              (heads, length, value_size))  # fmt: skip
-    return [rng.standard_normal((batch, *s)).astype(dtype) for s in shapes]
-
-
 def _check(shape, dtype=np.float32, *, platform="cuda", **given):
-    return check(functools.partial(flash, platform=platform), _arrays(shape, dtype, given.pop("seed", 0)), **given)
+    return check(functools.partial(flash, platform=platform), arrays_of(shape, dtype, given.pop("seed", 0)), **given)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -155,7 +147,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient():
 def test_minus_infinity_that_is_added_hides():
     added = np.where(np.random.default_rng(0).random((1, 1, 40, 40)) < 0.5, -np.inf, 0).astype(np.float32)
     added[..., 7, :] = -np.inf
-    *arrays, _ = _arrays((1, 2, 2, 40, 40, 16, 16), np.float32)
+    *arrays, _ = arrays_of((1, 2, 2, 40, 40, 16, 16), np.float32)
     ours, theirs = (f(*arrays, added, scale=1.0, causal=False) for f in
                     (functools.partial(flash, platform="cuda"), attention_kernel.decomposition))  # fmt: skip
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -163,7 +155,7 @@ def test_minus_infinity_that_is_added_hides():
 
 
 def test_large_scores_do_not_overflow():
-    arrays = [100 * a for a in _arrays((1, 1, 1, 40, 40, 32, 32), np.float32)]
+    arrays = [100 * a for a in arrays_of((1, 1, 1, 40, 40, 32, 32), np.float32)]
     out = flash(*arrays[:3], scale=1.0, causal=True, platform="cuda")
     assert np.isfinite(out).all()
 
