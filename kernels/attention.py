@@ -49,6 +49,31 @@ def attention_kernel(
     return out.reshape(*lead, heads, length, value.shape[-1]).astype(query.dtype)
 
 
+attention_kernel.preference = ("cudnn", "flash_cuda", "flash_rocm", "decode_cuda", "decode_rocm")
+attention_kernel.fixed = lambda attributes: tuple(
+    3 + place for place, name in enumerate(attributes.get("given", "mask").split()) if name == "mask"
+)
+
+
+def _sample(rng, structs, attributes):
+    """Random numbers; whole keys, one segment, and a mask that is what is known of it."""
+    query, key, _, *rest = structs
+    names = attributes.get("given", "mask").split()
+    found = [rng.standard_normal(s.shape).astype(s.dtype) for s in structs[:3]]
+    for name, struct in zip(names, rest, strict=False):
+        if jnp.issubdtype(struct.dtype, jnp.floating):
+            found.append(rng.standard_normal(struct.shape).astype(struct.dtype))
+        elif name == "mask":
+            seen = visible.shown(attributes.get("visible", ""), (query.shape[-2], key.shape[-2]))
+            found.append(np.broadcast_to(seen, struct.shape))
+        else:
+            found.append(np.full(struct.shape, key.shape[-2] if name == "kv_lengths" else 0, struct.dtype))
+    return found
+
+
+attention_kernel.sample = _sample
+
+
 def named(arrays, given: str) -> dict[str, Any]:
     """Arrays after queries, keys and values, by the names that the attribute `given` lists."""
     return dict(zip(given.split(), arrays, strict=False))

@@ -25,20 +25,18 @@ def _short(query, key, least: int, least_bytes: int) -> str | None:
     return f"from {least} queries and {least_bytes >> 20} MiB of scores on it is faster than plain products"
 
 
-def _supports(
-    query, key, value, *arrays, scale, causal, window=0, softcap=0.0, low=-jnp.inf, given="mask", visible=""
+def _prefers(
+    query, key, value, *arrays, where, scale, causal, window=0, softcap=0.0, low=-jnp.inf, given="mask", visible=""
 ) -> str | None:
+    if where.differentiated and (reason := _short(query, key, _LEAST_TRAINED, _LEAST_BYTES_TRAINED)) is not None:
+        return reason
     _, causal, window, _ = narrowed(named(arrays, given), causal, window, visible)
     if (causal or window) and "offset" not in given.split():
         return _short(query, key, _LEAST, _LEAST_BYTES)
     return _short(query, key, _LEAST_WHOLE, _LEAST_BYTES_WHOLE)
 
 
-def _supports_gradient(query, key, value, *arrays, **attributes) -> str | None:
-    return _short(query, key, _LEAST_TRAINED, _LEAST_BYTES_TRAINED)
-
-
-@attention_kernel.on("cpu", supports=_supports, gradient=_supports_gradient, least=_LEAST)
+@attention_kernel.on("cpu", prefers=_prefers, least=_LEAST)
 def in_chunks(query, key, value, *arrays, scale, causal, window=0, softcap=0.0, low=-jnp.inf, given="mask", visible=""):
     """Never holds the scores of more than some queries; computes them again for the gradient."""
     further, causal, window, bits = narrowed(named(arrays, given), causal, window, visible)

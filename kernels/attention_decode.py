@@ -28,11 +28,15 @@ def _supports(
     further, rows = named(arrays, given), query.shape[-2] * query.shape[-3] // key.shape[-3]
     if query.shape[-2] >= attention_gpu.LEAST or rows > _MOST_ROWS or key.shape[-2] < _LEAST_KEYS:
         return f"it takes fewer than {attention_gpu.LEAST} queries, {_MOST_ROWS} with those that share keys, and {_LEAST_KEYS} keys"
-    if not {"mask", "kv_lengths", "offset"} & further.keys() and not window:
-        return "every key is seen, and plain products read each once too"
     if "segments" in further:
         return "it takes no segments"
     return attention_gpu.takes(query, key, value)
+
+
+def _prefers(query, key, value, *arrays, where, window=0, given="mask", **attributes) -> str | None:
+    if not {"mask", "kv_lengths", "offset"} & named(arrays, given).keys() and not window:
+        return "every key is seen, and plain products read each once too"
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -114,8 +118,8 @@ def _split(query, key, value, further, settings, length: int, pages):
     constants, blocks = _constants(query, key, value, further, settings, (batch, length), pages)
     parts = -(-constants["KV_LENGTH"] // constants["CHUNK"])
     sums, tops, totals = triton_call.triton_call(
-        kernels.decode, query, key, value, *(further.get(name, attention_gpu.nothing()) for name in ("mask", "slopes", "bounds")),
-        attention_gpu.nothing() if pages is None else pages, grid=programs * parts, warps=blocks.warps, stages=blocks.stages,
+        kernels.decode, query, key, value, *(further.get(name, triton_call.nothing()) for name in ("mask", "slopes", "bounds")),
+        triton_call.nothing() if pages is None else pages, grid=programs * parts, warps=blocks.warps, stages=blocks.stages,
         out=[jax.ShapeDtypeStruct((parts, programs, rows, *s), jnp.float32) for s in ((value.shape[-1],), (), ())],
         **constants,
     )  # fmt: skip
@@ -139,7 +143,7 @@ def _on(platform: str):
         return _decode(platform, tuple(sorted(attributes.items())), query, key, value, *arrays)
 
     decode.__name__ = f"decode_{platform}"
-    attention_kernel.on(platform, supports=_supports)(decode)
+    attention_kernel.on(platform, supports=_supports, prefers=_prefers)(decode)
 
 
 def _supports_pages(query, key_pages, value_pages, lengths, page_table, *, scale, softcap=0.0) -> str | None:

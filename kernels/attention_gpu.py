@@ -13,10 +13,10 @@ import numpy as np
 
 from kpx.kernels import triton_call
 from kpx.kernels.attention import attention_kernel, in_sight, masked, named
+from kpx.kernels.triton_call import LEAST
 from kpx.kernels.visible import lists, mask_of, narrowed
 
 _MOST_SIZE = 256
-LEAST = 16  # rows and columns of a product on tensor cores
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,16 @@ class Settings:
 def _supports(
     query, key, value, *arrays, scale, causal, window=0, softcap=0.0, low=-math.inf, given="mask", visible=""
 ) -> str | None:
-    if (reason := triton_call.unavailable()) is not None:
-        return reason
+    reason = triton_call.unavailable()
+    return takes(query, key, value) if reason is None else reason
+
+
+def _prefers(query, key, value, *arrays, where, **attributes) -> str | None:
     if query.shape[-2] < LEAST:
         return (
             f"queries must be {LEAST} at least, and are {query.shape[-2]}: scores of few are small, and plain products"
         )
-    return takes(query, key, value)
+    return None
 
 
 def takes(query, key, value) -> str | None:
@@ -128,21 +131,18 @@ def _flash(query, key, value, further, settings: Settings):
     return _forward(query, key, value, further, settings)[0]
 
 
-def nothing():
-    """What kernels are given in place of an array that is not there: it is not read."""
-    return jnp.zeros((1,), jnp.int32)
-
-
 def _operands(further: dict[str, Any]) -> list[Any]:
     """What all kernels take after queries, keys and values."""
-    return [further.get(name, nothing()) for name in ("mask", "slopes", "bounds", "segments", "kv_segments")]
+    return [
+        further.get(name, triton_call.nothing()) for name in ("mask", "slopes", "bounds", "segments", "kv_segments")
+    ]
 
 
 def _lists(settings: Settings, constants: dict[str, Any], further, by_keys: bool = False):
     """The arrays beside queries, keys and values, with lists of the blocks that are seen of a mask that is known last; and
     how many numbers each list has."""
     if not settings.bits:
-        return [*_operands(further), nothing()], 0
+        return [*_operands(further), triton_call.nothing()], 0
     mask = mask_of(settings.bits, (constants["LENGTH"], constants["KV_LENGTH"]))
     if settings.causal or settings.window:
         row, column = np.arange(mask.shape[0])[:, None], np.arange(mask.shape[1])
@@ -163,7 +163,7 @@ def _forward(query, key, value, further, settings):
     )
     (*operands, listed), numbers = _lists(settings, constants, further)
     out, log_total = triton_call.triton_call(
-        kernels.forward, query, key, value, *operands, further.get("sinks", nothing()), listed, out=outputs,
+        kernels.forward, query, key, value, *operands, further.get("sinks", triton_call.nothing()), listed, out=outputs,
         grid=heads * -(-length // constants["BQ"]), warps=blocks.warps, stages=blocks.stages, BLOCKS=numbers,
         SINKS="sinks" in further, **constants,
     )  # fmt: skip
@@ -285,13 +285,13 @@ def flash(query, key, value, *arrays, platform, **attributes):
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
-@attention_kernel.on("cuda", supports=_supports)
+@attention_kernel.on("cuda", supports=_supports, prefers=_prefers)
 def flash_cuda(query, key, value, *arrays, **attributes):
     """For NVIDIA's Ampere and later."""
     return flash(query, key, value, *arrays, platform="cuda", **attributes)
 
 
-@attention_kernel.on("rocm", supports=_supports)
+@attention_kernel.on("rocm", supports=_supports, prefers=_prefers)
 def flash_rocm(query, key, value, *arrays, **attributes):
     """For AMD's CDNA."""
     return flash(query, key, value, *arrays, platform="rocm", **attributes)

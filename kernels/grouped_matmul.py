@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kpx.errors import InputError
 from kpx.kernels.registry import kernel
@@ -49,6 +50,17 @@ def _rows_transposed(cotangent, x, weight, sizes, *, transposed):
 @sums_kernel.bilinear
 def _sums_transposed(cotangent, x, y, sizes):
     return rows_kernel(y if x is None else x, cotangent, sizes, transposed=x is None)
+
+
+def _sample(rng, structs, attributes):
+    """Rows that are divided evenly."""
+    *arrays, sizes = structs
+    given = [rng.standard_normal(s.shape).astype(s.dtype) for s in arrays]
+    groups = sizes.shape[0]
+    return *given, np.diff(np.arange(groups + 1) * arrays[0].shape[0] // max(1, groups)).astype(np.int32)
+
+
+rows_kernel.sample = sums_kernel.sample = _sample
 
 
 def grouped_matmul(x, weight, group_sizes):

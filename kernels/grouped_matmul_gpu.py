@@ -6,32 +6,19 @@ On AMD's, XLA calls hipBLASLt's grouped product, and is left to it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from kpx.kernels import triton_call
 from kpx.kernels.grouped_matmul import Blocks, rows_kernel, sums_kernel
-
-_LEAST = 16  # rows and columns of a product on tensor cores
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a product is cut: rows and columns of a program, what it sums at a time, its warps, loads under way."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
+from kpx.kernels.triton_call import LEAST, Tiles
 
 
 def tiles(rows: int, columns: int, inner: int, itemsize: int) -> Tiles:
     """Of a product `[rows, inner]` by `[inner, columns]`. Not measured: no device was at hand."""
-    down, across = (min(128, max(_LEAST, 1 << (n - 1).bit_length())) for n in (rows, columns))
-    deep = min(128 // itemsize, max(_LEAST, 1 << (inner - 1).bit_length()))
+    down, across = (min(128, max(LEAST, 1 << (n - 1).bit_length())) for n in (rows, columns))
+    deep = min(128 // itemsize, max(LEAST, 1 << (inner - 1).bit_length()))
     return Tiles(down, across, deep, 8 if down * across >= 128 * 128 else 4, 3)
 
 

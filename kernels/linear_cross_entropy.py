@@ -198,9 +198,13 @@ def linear_cross_entropy_kernel(x, weight, labels, *, axis, softcap=0.0):
     return log_total - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
 
 
-def _large(least: int, x, weight, labels, *, axis, softcap=0.0) -> str | None:
+def _supports(x, weight, labels, *, axis, softcap=0.0) -> str | None:
     if x.dtype != weight.dtype or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"it takes bf16, f16 or f32 alone, not {x.dtype} and {weight.dtype}"
+    return None
+
+
+def _large(least: int, x, weight, labels, *, where, axis, softcap=0.0) -> str | None:
     if (taken := 4 * x.shape[0] * weight.shape[axis]) < least:
         return f"logits of {taken >> 20} MiB stay: from {least >> 20} MiB on they are better computed twice than kept"
     return None
@@ -220,4 +224,4 @@ def chunked(x, weight, labels, *, axis, softcap=0.0):
 # GPUs write and read f32 logits in more time than it takes to compute them twice; TPUs the other way round (by kpx's model
 # of a compiled step), so that there memory alone is the reason.
 for _platform, _least in (("cuda", 1 << 28), ("rocm", 1 << 28), ("tpu", 1 << 31)):
-    linear_cross_entropy_kernel.on(_platform, supports=functools.partial(_large, _least))(chunked)
+    linear_cross_entropy_kernel.on(_platform, supports=_supports, prefers=functools.partial(_large, _least))(chunked)

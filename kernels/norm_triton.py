@@ -33,6 +33,49 @@ def forward(x, weight, bias, out, means, scales, ROWS: tl.constexpr, SIZE: tl.co
 
 
 @triton.jit
+def fused(x, residual, index, weight, bias, scale, out, scales, total, ROWS: tl.constexpr, SIZE: tl.constexpr,
+          EPS: tl.constexpr, CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, INDEX: tl.constexpr, TABLE: tl.constexpr, TOTAL: tl.constexpr,
+          WEIGHT: tl.constexpr, BIAS: tl.constexpr, QUANTIZED: tl.constexpr, LARGEST: tl.constexpr, ROUND: tl.constexpr, BY_ROW: tl.constexpr, BR: tl.constexpr,
+          BS: tl.constexpr):  # fmt: skip
+    """Rows of `x` (of TABLE rows), or `x + residual`, or `x[index]`, which become `total` where TOTAL, normalized; and where QUANTIZED, as numbers
+    up to LARGEST, divided by `scale`, or BY_ROW by one of each row's own, which becomes `scales`."""
+    rows, columns = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BS)
+    inside = (rows < ROWS)[:, None] & (columns < SIZE)[None, :]
+    at = rows[:, None].to(tl.int64) * SIZE + columns[None, :]
+    if INDEX:
+        wanted = tl.load(index + rows, rows < ROWS, 0).to(tl.int64)
+        there = (wanted >= 0) & (wanted < TABLE)
+        wide = tl.load(x + wanted[:, None] * SIZE + columns[None, :], inside & there[:, None], 0.0)
+        wide = tl.where(there[:, None], wide.to(tl.float32), float("nan")).to(x.dtype.element_ty)
+    else:
+        wide = tl.load(x + at, inside, 0.0)
+    if RESIDUAL:
+        wide = (wide.to(tl.float32) + tl.load(residual + at, inside, 0.0).to(tl.float32)).to(x.dtype.element_ty)
+    if TOTAL:
+        tl.store(total + at, wide, inside)
+    wide = wide.to(tl.float32)
+    if CENTRED:
+        wide = tl.where(inside, wide - (tl.sum(wide, 1) / SIZE)[:, None], 0.0)
+    y = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / SIZE + EPS))[:, None]
+    if WEIGHT:
+        y *= tl.load(weight + columns, columns < SIZE, 0.0).to(tl.float32)[None, :]
+    if BIAS:
+        y += tl.load(bias + columns, columns < SIZE, 0.0).to(tl.float32)[None, :]
+    if QUANTIZED:
+        if BY_ROW:
+            top = tl.max(tl.where(inside, tl.abs(y), 0.0), 1)
+            by = tl.where(top == 0.0, 1.0, top / LARGEST)
+            tl.store(scales + rows, by, rows < ROWS)
+            y = y / by[:, None]
+        else:
+            y = y / tl.load(scale)
+        y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
+        if ROUND:  # to nearest, ties to even, as adding and taking away 1.5 * 2**23 rounds
+            y = (y + 12582912.0) - 12582912.0
+    tl.store(out + at, y.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
 def backward(x, weight, gradient, further, means, scales, by_x, by_weight, by_bias, ROWS: tl.constexpr,
              SIZE: tl.constexpr, CENTRED: tl.constexpr, WEIGHT: tl.constexpr, FURTHER: tl.constexpr, PROGRAMS: tl.constexpr,
              BR: tl.constexpr, BS: tl.constexpr):  # fmt: skip

@@ -105,16 +105,16 @@ def _compare(pattern: Pattern, search: Callable, structs: Sequence[jax.ShapeDtyp
     ours, theirs = (_all_results(functools.partial(f, **numbers), arrays) for f in (pattern.replace, search))
     candidate, competitor = ours(*arrays), theirs(*arrays)
     with jax.enable_x64(True):
-        exact = theirs(*map(_widened, arrays))
+        exact = theirs(*map(widened, arrays))
     failures = []
     for what in candidate:
-        scale = max(map(_root_mean_square, exact[what]), default=1.0) or 1.0
+        scale = max(map(root_mean_square, exact[what]), default=1.0) or 1.0
         for i, (got, plain, wanted) in enumerate(zip(candidate[what], competitor[what], exact[what], strict=True)):
-            allowed = max(1.5 * _distance(plain, wanted, scale), 4 * _epsilon(got))
-            if not (distance := _distance(got, wanted, scale)) <= allowed:
+            allowed = max(1.5 * distance(plain, wanted, scale), 4 * epsilon(got))
+            if not (found := distance(got, wanted, scale)) <= allowed:
                 given = ", ".join(f"{s.dtype}{list(s.shape)}" for s in structs)
                 failures.append(
-                    f"{what} {i} at {given} are {distance:.2g} from f64, and may be {allowed:.2g} ({pattern.name})"
+                    f"{what} {i} at {given} are {found:.2g} from f64, and may be {allowed:.2g} ({pattern.name})"
                 )
     return failures
 
@@ -150,22 +150,22 @@ def _random(rng: Any, struct: jax.ShapeDtypeStruct) -> np.ndarray:
     return rng.integers(0, 4, struct.shape).astype(struct.dtype)
 
 
-def _widened(array: np.ndarray) -> np.ndarray:
+def widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-def _root_mean_square(array: Any) -> float:
+def root_mean_square(array: Any) -> float:
     array = np.asarray(array, np.float64)
     return math.sqrt(float(np.nanmean(np.square(array)))) if array.size else 0.0
 
 
-def _distance(values: Any, reference: Any, scale: float) -> float:
+def distance(values: Any, reference: Any, scale: float) -> float:
     """The root-mean-square difference over a scale; infinite where NaNs differ."""
     values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
     if not np.array_equal(np.isnan(values), np.isnan(reference)):
         return math.inf
-    return _root_mean_square(values - reference) / scale
+    return root_mean_square(values - reference) / scale
 
 
-def _epsilon(array: Any) -> float:
+def epsilon(array: Any) -> float:
     return float(jnp.finfo(array.dtype).eps) if jnp.issubdtype(array.dtype, jnp.floating) else 0.0

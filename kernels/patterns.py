@@ -47,10 +47,12 @@ class Pattern:
         carries: the replacement that gives the first array too, as it is: for a module that uses that beside the result (a
             residual), whose further gradient the kernel then adds.
         among: operations, one of which every spelling has (`exponential`): modules without are not searched. Empty for any.
+        types: element types, as MLIR writes them (`i8`), that something is converted to in every module that has it.
         platforms: where it is looked for; empty for wherever its kernels are.
         mask: the place of an array that hides scores, `[..., length, kv_length]`, or None. Where no input decides it,
             `replace` is told what it is by one keyword more, `visible` (see `kernels.visible`).
         with_gradient_alone: whether it is looked for with its gradient alone, since forward a compiler does as well.
+        inference_alone: whether it is left alone in modules that are differentiated, unless it is asked for.
         shared: the places of two arrays of which parts may be repeated (keys and values, for heads that share them): forward,
             `replace` is given what is repeated.
         gradient_of: the pattern that this is the forward and backward pass of: `(*arrays, cotangent)` gives the result
@@ -76,8 +78,10 @@ class Pattern:
     carried: bool = False
     stacked: tuple[int, ...] = ()
     among: tuple[str, ...] = ()
+    types: frozenset[str] = frozenset()
     platforms: tuple[str, ...] = ()
     mask: int | None = None
+    inference_alone: bool = False
     shared: tuple[int, ...] = ()
 
     def spellings(self) -> Iterator[Callable]:
@@ -155,6 +159,8 @@ def _with_gradient(pattern: Pattern, kind: str) -> Pattern | None:
     if len(results) != 1 or not all(jnp.issubdtype(s.dtype, jnp.floating) for s in variable):
         return None
     ((shape, dtype),) = results
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
     differentiated = functools.partial(_differentiated, constant=pattern.constant, carried=bool(kind))
     example = [*pattern.example, jax.ShapeDtypeStruct(shape, dtype), *([pattern.example[0]] if kind else [])]
     if kind.endswith("f32"):
@@ -225,8 +231,10 @@ def builtin(
     with_gradient_alone: bool = False,
     stacked: tuple[int, ...] = (),
     among: tuple[str, ...] = (),
+    types: tuple[str, ...] = (),
     platforms: tuple[str, ...] = (),
     mask: int | None = None,
+    inference_alone: bool = False,
     shared: tuple[int, ...] = (),
     **numbers: float,
 ) -> Pattern:
@@ -252,8 +260,10 @@ def builtin(
             with_gradient_alone,
             stacked=stacked,
             among=among,
+            types=frozenset(types),
             platforms=platforms,
             mask=mask,
+            inference_alone=inference_alone,
             shared=shared,
         )
     )

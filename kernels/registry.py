@@ -20,7 +20,8 @@ from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import ad, batching
 from jax.interpreters import mlir as jax_mlir
 
-from kpx.errors import KpxError
+from kpx.errors import KernelError, KpxError
+from kpx.kernels.selection import PLAIN, RULES, Case, Selection, known, note
 
 Supports = Callable[..., "str | None"]
 
@@ -30,20 +31,46 @@ def supports_everything(*avals, **attributes) -> None:
 
 
 @dataclass(frozen=True)
+class Situation:
+    """What rules know beside a case: the device, by the vendor's name, and whether the gradient is computed too."""
+
+    kind: str
+    differentiated: bool
+
+
+def always(*avals, where: Situation, **attributes) -> None:
+    """The `prefers` of an implementation that is used wherever it can be."""
+
+
+def where_measured(*avals, where: Situation, **attributes) -> str:
+    """The `prefers` of an implementation that rules never choose."""
+    return "it is used by name, or where `kpx.tune` has measured it as the fastest"
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to run a composite on a target: a JAX function, and when it may be used.
 
     Attributes:
-        supports_gradient: what is asked beside `supports` where the gradient is computed with it.
+        supports: the reason why it cannot compute a case, or None; `supports_gradient`, the same of the gradient with it.
+        prefers: the reason why rules do not choose it for a case that it can compute, or None.
         least: the size, in two dimensions, of some batched product's result in modules that are searched for its patterns.
     """
 
     name: str
     target: str
     function: Callable
-    supports: Supports
+    supports: Supports = supports_everything
     supports_gradient: Supports = supports_everything
+    prefers: Supports = always
     least: int = 0
+
+    def refuses(
+        self, avals: Sequence[jax.ShapeDtypeStruct], attributes: dict[str, Any], differentiated: bool
+    ) -> str | None:
+        """Why it cannot compute a case, or None."""
+        reason = self.supports(*avals, **attributes)
+        return self.supports_gradient(*avals, **attributes) if reason is None and differentiated else reason
 
 
 @dataclass
@@ -54,16 +81,22 @@ class Kernel:
         name: the composite's name, `kpx.<op>`.
         version: the composite's version; it changes when the meaning of an attribute does.
         decomposition: the reference in plain JAX. Arrays are positional, attributes are keywords.
-        implementations: in order of preference.
+        implementations: of every target; `preference` names those that come first, in order.
         transpose: where the op is linear in each of its first two arrays, the other's product with a cotangent
             (see `bilinear`).
+        sample: `(rng, structs, attributes)` gives arrays to measure it with, where random numbers, and zeros for integers,
+            will not do.
+        fixed: `(attributes)` gives the places of arrays that no gradient is measured by (masks).
     """
 
     name: str
     version: int
     decomposition: Callable
     implementations: list[Implementation] = field(default_factory=list)
+    preference: tuple[str, ...] = ()
     transpose: Callable | None = None
+    sample: Callable | None = None
+    fixed: Callable[[dict[str, Any]], tuple[int, ...]] = lambda attributes: ()
 
     def __call__(self, *arrays, **attributes):
         """Emits the composite. Attributes are Python numbers, bools or strings.
@@ -74,9 +107,11 @@ class Kernel:
         """
         if (asked := _TARGET.get()) is not None:
             structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
-            chosen, _ = self.choose(asked[0], structs, attributes, differentiated=asked[1])
+            chosen, _ = self.choose(asked.target, structs, attributes, **asked.options)
             return (self.decomposition if chosen is None else chosen.function)(*arrays, **attributes)
-        return _composite.bind(*arrays, kernel=self.name, attributes=tuple(sorted(attributes.items())))
+        given = tuple(sorted(attributes.items()))
+        results = _composite.bind(*arrays, kernel=self.name, attributes=given)
+        return jax.tree.unflatten(jax.tree.structure(_results(self.name, given, arrays)), results)
 
     def on(
         self,
@@ -84,20 +119,26 @@ class Kernel:
         *,
         supports: Supports = supports_everything,
         gradient: Supports = supports_everything,
+        prefers: Supports = always,
         least: int = 0,
+        name: str = "",
     ) -> Callable:
-        """Registers an implementation; earlier ones are preferred.
+        """Registers an implementation.
 
         Args:
             target: a platform (`cpu`, `cuda`, `rocm`, `tpu`, `xpu`).
             supports: given the operands' `jax.ShapeDtypeStruct`s and the attributes, gives the
                 reason why this case is not supported, or None.
             gradient: the same, of what is asked beside `supports` where the gradient is computed with it.
+            prefers: given the same, and the `Situation` as `where`, the reason why rules leave a case that it can compute to
+                others, or None.
             least: see `Implementation`.
+            name: what it is called by; the function's name by default.
         """
 
         def register(function: Callable) -> Callable:
-            self.implementations.append(Implementation(function.__name__, target, function, supports, gradient, least))
+            made = Implementation(name or function.__name__, target, function, supports, gradient, prefers, least)
+            self.implementations.append(made)
             return function
 
         return register
@@ -118,28 +159,81 @@ class Kernel:
         attributes: dict[str, Any],
         *,
         differentiated: bool = False,
+        kind: str = "",
+        selection: Selection = RULES,
     ) -> tuple[Implementation | None, dict[str, str]]:
-        """The first implementation for a target that supports the case, with its gradient or alone; and why others do not."""
-        refused = {}
-        for implementation in self.implementations:
-            if implementation.target != target:
+        """The implementation for a target and a case, with its gradient or alone, or None; and why it is not another.
+
+        One that was asked for by name, then the one that was measured as the fastest, then the first that supports the case
+        and prefers it.
+
+        Raises:
+            KernelError: what was asked for by name is not known, or does not support the case.
+        """
+        there = self.on_target(target)
+        case = Case(self.name, self.version, tuple(avals), tuple(sorted(attributes.items())), differentiated)
+        note(case)
+        if (asked := selection.by_name.get(self.name)) is not None:
+            return self._named(asked, target, there, case), {}
+        refused: dict[str, str] = {}
+        if (fastest := selection.fastest(case)) is not None:
+            for implementation in there:
+                reason = implementation.refuses(avals, attributes, differentiated)
+                if implementation.name == fastest and reason is None:
+                    return implementation, refused
+                refused[implementation.name] = reason or f"`{fastest}` was measured as faster"
+            if fastest == PLAIN:
+                return None, refused
+        refused.clear()
+        for implementation in there:
+            if implementation.prefers is where_measured:
                 continue
-            reason = implementation.supports(*avals, **attributes)
-            if reason is None and differentiated:
-                reason = implementation.supports_gradient(*avals, **attributes)
+            reason = implementation.refuses(avals, attributes, differentiated)
+            if reason is None:
+                reason = implementation.prefers(*avals, where=Situation(kind, differentiated), **attributes)
             if reason is None:
                 return implementation, refused
             refused[implementation.name] = reason
         return None, refused
 
+    def on_target(self, target: str) -> list[Implementation]:
+        """The implementations for a target, those that are preferred first."""
+        order = {name: place for place, name in enumerate(self.preference)}
+        there = [i for i in self.implementations if i.target == target]
+        return sorted(there, key=lambda i: order.get(i.name, len(order)))
 
-_TARGET: contextvars.ContextVar[tuple[str, bool] | None] = contextvars.ContextVar("kpx_kernels_for", default=None)
+    def _named(self, name: str, target: str, there: Sequence[Implementation], case: Case) -> Implementation | None:
+        """The implementation that was asked for."""
+        if name == PLAIN:
+            return None
+        if (found := next((i for i in there if i.name == name), None)) is None:
+            raise KernelError(
+                f"`{name}` is no implementation of `{self.name}` for {target}. There are {known([i.name for i in there])}."
+            )
+        reason = found.refuses(case.structs, dict(case.attributes), case.differentiated)
+        if reason is not None:
+            raise KernelError(
+                f"`{name}`, asked for by name, cannot compute {case.text}: {reason}. Leave the choice to kpx, or ask for "
+                f"another: {known([i.name for i in there if i.name != name])}."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    target: str
+    options: dict[str, Any]
+
+
+_TARGET: contextvars.ContextVar[_Asked | None] = contextvars.ContextVar("kpx_kernels_for", default=None)
 
 
 @contextlib.contextmanager
-def implemented_for(target: str, *, differentiated: bool = True) -> Iterator[None]:
+def implemented_for(
+    target: str, *, differentiated: bool = True, kind: str = "", selection: Selection = RULES
+) -> Iterator[None]:
     """Kernels that are called inside are their implementations for a target, with the gradients that those define."""
-    token = _TARGET.set((target, differentiated))
+    token = _TARGET.set(_Asked(target, {"differentiated": differentiated, "kind": kind, "selection": selection}))
     try:
         yield
     finally:
@@ -150,42 +244,58 @@ _KERNELS: dict[str, Kernel] = {}
 
 # jax.lax.composite has neither a JVP nor a batching rule; this primitive has both, and lowers to it.
 _composite = Primitive("kpx_composite")
+_composite.multiple_results = True
 
 
 def _plain(kernel: str, attributes: tuple) -> Callable:
     return functools.partial(_KERNELS[kernel].decomposition, **dict(attributes))
 
 
+def _flat(kernel: str, attributes: tuple) -> Callable:
+    """The decomposition, its results as a list."""
+    plain = _plain(kernel, attributes)
+    return lambda *arrays: jax.tree.leaves(plain(*arrays))
+
+
+def _results(kernel: str, attributes: tuple, arrays: Sequence[Any]) -> Any:
+    return jax.eval_shape(_plain(kernel, attributes), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+
+
 @_composite.def_impl
 def _run(*arrays, kernel, attributes):
-    return jax.jit(_plain(kernel, attributes))(*arrays)
+    return jax.jit(_flat(kernel, attributes))(*arrays)
 
 
 @_composite.def_abstract_eval
-def _shape(*avals, kernel, attributes):
-    result = jax.eval_shape(_plain(kernel, attributes), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-    return jax.core.ShapedArray(result.shape, result.dtype)
+def _shapes(*avals, kernel, attributes):
+    found = jax.tree.leaves(_results(kernel, attributes, avals))
+    return [jax.core.ShapedArray(result.shape, result.dtype) for result in found]
 
 
 def _emit(*arrays, kernel, attributes):
     found = _KERNELS[kernel]
-    return jax.lax.composite(found.decomposition, kernel, version=found.version)(*arrays, **dict(attributes))
+    made = jax.lax.composite(found.decomposition, kernel, version=found.version)(*arrays, **dict(attributes))
+    return jax.tree.leaves(made)
 
 
 def _differentiate(primals, tangents, *, kernel, attributes):
     if _KERNELS[kernel].transpose is not None:
-        bind = functools.partial(_composite.bind, kernel=kernel, attributes=attributes)
+
+        def bind(*arrays):
+            return _composite.bind(*arrays, kernel=kernel, attributes=attributes)[0]
+
         parts = [
             bind(*(tangent if place == i else array for i, array in enumerate(primals)))
             for place, tangent in enumerate(tangents[:2])
             if type(tangent) is not ad.Zero
         ]
         out = bind(*primals)
-        return out, sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(out)
-    return jax.jvp(_plain(kernel, attributes), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+        return [out], [sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(out)]
+    return jax.jvp(_flat(kernel, attributes), tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _transpose(cotangent, *arrays, kernel, attributes):
+def _transpose(cotangents, *arrays, kernel, attributes):
+    (cotangent,) = cotangents  # what is linear has one result
     place = next(i for i, a in enumerate(arrays) if ad.is_undefined_primal(a))
     if type(cotangent) is ad.Zero:
         found = ad.Zero(arrays[place].aval)
@@ -206,11 +316,12 @@ def _batch(arrays, dims, *, kernel, attributes):
             each = (a if d is None else next(rest) for a, d in zip(arrays, dims, strict=True))
             return _composite.bind(*each, kernel=kernel, attributes=attributes)
 
-        return jax.lax.map(one, batched), 0
-    return jax.vmap(_plain(kernel, attributes), dims)(*arrays), 0
+        return jax.lax.map(one, batched), [0]
+    results = jax.vmap(_flat(kernel, attributes), dims)(*arrays)
+    return results, [0] * len(results)
 
 
-jax_mlir.register_lowering(_composite, jax_mlir.lower_fun(_emit, multiple_results=False))
+jax_mlir.register_lowering(_composite, jax_mlir.lower_fun(_emit, multiple_results=True))
 ad.primitive_jvps[_composite] = _differentiate
 ad.primitive_transposes[_composite] = _transpose
 batching.primitive_batchers[_composite] = _batch

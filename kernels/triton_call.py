@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir as jax_mlir
@@ -26,6 +28,21 @@ NAMES = {
     "float8_e5m2": "fp8e5", "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8", "bool": "i1",
 }  # fmt: skip
 """Triton's names of dtypes."""
+
+LEAST = 16
+"""Rows and columns of a product on tensor cores."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut: rows and columns of a program, what it sums at a time, its warps, loads under way."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
 
 _call = Primitive("kpx_triton_call")
 _call.multiple_results = True
@@ -66,6 +83,11 @@ def triton_call(
         stages=stages,
         constants=tuple(sorted(constants.items())),
     )
+
+
+def nothing() -> jax.Array:
+    """What kernels are given in place of an array that is not there: it is not read."""
+    return jnp.zeros((1,), jnp.int32)
 
 
 @_call.def_abstract_eval

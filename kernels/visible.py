@@ -84,6 +84,17 @@ def mask_of(bits: str, shape: tuple[int, int]) -> np.ndarray:
     return np.unpackbits(packed, count=shape[0] * shape[1]).reshape(shape).astype(bool)
 
 
+def shown(description: str, shape: tuple[int, int]) -> np.ndarray:
+    """A mask `[length, kv_length]` that a description is of; one that hides nothing for an unknown one."""
+    known = read(description) or Visible()
+    if known.bits:
+        return mask_of(known.bits, shape)
+    mask = np.tri(*shape, dtype=bool) if known.causal else np.ones(shape, bool)
+    if known.window:
+        mask &= np.tri(*shape, known.window - 1, dtype=bool) & ~np.tri(*shape, -known.window, dtype=bool)
+    return mask
+
+
 def blocks(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Of each block of a mask: 0 where nothing is seen, 2 where all is, 1 otherwise. Beyond the mask's end nothing is."""
     cut = _cut(mask, rows, columns)

@@ -17,6 +17,8 @@ from kpx.errors import (
     ConfigError,
     GraphBreakWarning,
     InputError,
+    KernelCacheWarning,
+    KernelError,
     KpxError,
     OutOfMemoryError,
     RecompileWarning,
@@ -30,6 +32,7 @@ from kpx.hardware.target import Target
 from kpx.observe.compare import compare
 from kpx.observe.explain import explain
 from kpx.runtime.compiled import Compiled
+from kpx.tuning import tune
 
 __all__ = [
     "Buckets",
@@ -40,6 +43,8 @@ __all__ = [
     "ConfigError",
     "GraphBreakWarning",
     "InputError",
+    "KernelCacheWarning",
+    "KernelError",
     "KpxError",
     "OutOfMemoryError",
     "RecompileWarning",
@@ -56,4 +61,5 @@ __all__ = [
     "ops",
     "optimize",
     "targets",
+    "tune",
 ]

@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "compare":
             added.add_argument("--samples", type=int, help="a call's; by default the first input's first dimension")
             added.add_argument("--sort", default="seconds", choices=("seconds", "dollars", "memory"))
+    tuning = command(
+        "tune", _tune, "measure the implementations of a function's fused ops here, and keep what is fastest"
+    )
+    tuning.add_argument("function", help="package.module:function")
+    tuning.add_argument("--cache", required=True, metavar="FILE", help="what is kept, for Config(kernel_cache=FILE)")
+    tuning.add_argument("--seconds", type=float, default=2.0, help="how long each is measured; 2 by default")
+    tuning.add_argument("--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated")
     discover = command("discover", _discover, "what a function computes over and over that no fusion pattern takes")
     discover.add_argument("function", help="package.module:function")
     discover.add_argument(
@@ -154,6 +161,16 @@ def _compare(options: argparse.Namespace, progress: Console) -> tuple[Any, Calla
     with compiling.telling(progress) as tell:
         found = compare(fun, *specs, targets=_names(options), progress=tell, **given)
     return found.to_dict(), lambda console, _: console.print(found)
+
+
+def _tune(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import compiling
+    from kpx.tuning import tune
+
+    fun, specs = compiling.load(options.function, options.input)
+    with progress.status("compiling") as status:
+        found = tune(fun, *specs, cache=options.cache, seconds=options.seconds, progress=status.update)
+    return found.to_dict(), lambda console, _: console.print(found, soft_wrap=True)
 
 
 def _discover(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:

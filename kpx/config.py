@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kpx.errors import ConfigError
+from kpx.kernels import registry
 
 LEVELS = ("none", "conservative", "balanced")
 MATMUL_PRECISIONS = ("highest", "high")
@@ -19,7 +20,8 @@ class Config:
     """How a model is optimized.
 
     Every field can be overridden by a variable: `KPX_LEVEL`, `KPX_MATMUL_PRECISION`, `KPX_PREPARE`,
-    `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
+    `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_KERNELS` (as `kpx.attention=flash_cuda,kpx.norm=xla`),
+    `KPX_KERNEL_CACHE`, `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
 
     Attributes:
         level: `"none"`: no rewrites at all. `"conservative"`: only those that keep every bit.
@@ -30,6 +32,8 @@ class Config:
         prepare: compute what depends on weights alone once, at load.
         verify_each: verify the module after every single rewrite (slow; finds a faulty one at once).
         disable: names of rewrites to leave out.
+        kernels: by fused op, the implementation to use: `{"kpx.attention": "flash_cuda"}`, or `"xla"` for none.
+        kernel_cache: a file of measurements that `kpx.tune` made, or None: kernels are chosen by those, else by rules.
         cache_dir: where compiled executables persist (JAX's compilation cache), or None.
         compile_seconds: how long the compiler of a target that is not on this machine may take.
 
@@ -42,6 +46,8 @@ class Config:
     prepare: bool = True
     verify_each: bool = False
     disable: tuple[str, ...] = ()
+    kernels: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    kernel_cache: str | None = None
     cache_dir: str | None = None
     compile_seconds: float = 1800.0
 
@@ -54,9 +60,11 @@ class Config:
         if isinstance(self.disable, str) or not all(isinstance(n, str) for n in self.disable):
             raise ConfigError(f"`disable={self.disable!r}` is not a tuple of rewrite names.")
         object.__setattr__(self, "disable", tuple(self.disable))
-        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, os.PathLike)):
-            raise ConfigError(f"`cache_dir={self.cache_dir!r}` is not a path. Use a folder's path, or None.")
-
+        object.__setattr__(self, "kernels", _names_of_kernels(self.kernels))
+        for name, what in (("cache_dir", "folder"), ("kernel_cache", "file")):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise ConfigError(f"`{name}={value!r}` is not a path. Use a {what}'s path, or None.")
         if isinstance(self.compile_seconds, bool) or not isinstance(self.compile_seconds, (int, float)):
             raise ConfigError(f"`compile_seconds={self.compile_seconds!r}` is not a number of seconds.")
         if not self.compile_seconds > 0:
@@ -113,9 +121,25 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"`{name}={value!r}` is not known. Use one of {', '.join(map(repr, allowed))}.")
 
 
+def _names_of_kernels(given: Any) -> tuple[tuple[str, str], ...]:
+    """Names of fused ops with their implementations', sorted."""
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    is_pairs = isinstance(pairs, tuple) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs)
+    if not is_pairs or not all(isinstance(n, str) for pair in pairs for n in pair):
+        raise ConfigError(
+            f"`kernels={given!r}` does not name implementations. Use a dict, as {{'kpx.attention': 'flash_cuda'}}."
+        )
+    known = sorted(kernel.name for kernel in registry.kernels())
+    if unknown := [name for name, _ in pairs if name not in known]:
+        raise ConfigError(f"`kernels` names `{unknown[0]}`, which is no fused op. There are {', '.join(known)}.")
+    return tuple(sorted(pairs))
+
+
 def _parsed(variable: str, given: str, name: str) -> Any:
     if name == "disable":
         return tuple(n.strip() for n in given.split(",") if n.strip())
+    if name == "kernels":
+        return tuple(tuple(part.strip() for part in pair.split("=", 1)) for pair in given.split(",") if pair.strip())
     if name == "compile_seconds":
         try:
             return float(given)

@@ -47,12 +47,20 @@ class OutOfMemoryError(CompileError):
         self.buffers = buffers
 
 
+class KernelError(KpxError, ValueError):
+    """A kernel that was asked for by name is not known, or does not support the case."""
+
+
 class RewriteError(KpxError, RuntimeError):
     """A rewrite produced a module that does not verify."""
 
 
 class RewriteWarning(UserWarning):
     """A rewrite was reverted; the model runs without it."""
+
+
+class KernelCacheWarning(UserWarning):
+    """Measurements of kernels were not used: they are of another environment, or cannot be read."""
 
 
 class RecompileWarning(UserWarning):

@@ -16,6 +16,7 @@ from jax._src import core as _core
 from jax._src import hardware_utils as _hardware_utils
 from jax._src import tree_util as _tree_util
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.cudnn import fused_attention_stablehlo as _cudnn
 from jax._src.interpreters import pxla as _pxla
 from jax._src.lib import _jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
@@ -164,6 +165,51 @@ def serialized(compiled: jax.stages.Compiled) -> bytes:
     """A compiled function's executable, as its own runtime loads it."""
     executable: Any = compiled.runtime_executable()
     return executable.client.serialize_executable(executable)
+
+
+def cudnn_attention(
+    query: Any, key: Any, value: Any, scale: float, causal: bool, window: int | None
+) -> tuple[Any, Any]:
+    """Attention of `[batch, heads, length, size]` by cuDNN, and what its gradient needs: the logarithms of the softmax's sums.
+
+    Lowered for a machine that is not here too: JAX's own function asks the present device and library first.
+    """
+    nothing = jnp.zeros(0, query.dtype)
+    return _cudnn._dot_product_attention_fwd_p.bind(
+        query, key, value, *[nothing] * 7, is_training=True, **_cudnn_options(scale, causal, window)
+    )
+
+
+def cudnn_attention_gradient(
+    query: Any,
+    key: Any,
+    value: Any,
+    saved: Any,
+    out: Any,
+    cotangent: Any,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[Any, Any, Any]:
+    """The gradients by queries, keys and values of `cudnn_attention`, of which `saved` and `out` are."""
+    nothing = jnp.zeros(0, query.dtype)
+    return tuple(
+        _cudnn._dot_product_attention_bwd_p.bind(
+            query, key, value, *[nothing] * 7, saved, out, cotangent, **_cudnn_options(scale, causal, window)
+        )
+    )
+
+
+def _cudnn_options(scale: float, causal: bool, window: int | None) -> dict[str, Any]:
+    return {
+        "scale": scale,
+        "seed": 0,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": _cudnn.MaskType.CAUSAL if causal else _cudnn.MaskType.NO_MASK,
+        "layout": _cudnn.AttentionLayout.BNTH.value,
+        "sliding_window_length": window,
+    }
 
 
 def is_tracer(leaf: Any) -> bool:

@@ -112,7 +112,8 @@ def fuse(module: ir.Module, context: Context) -> None:
         grouped.raise_products(module)
     if (device := _kernels_for(module, context, spread=True)) is not None:
         disabled = frozenset(context.config.disable)
-        context.fusions = dict(fusion.fuse(module, device, context.fuel, context.report, disabled))
+        given = context.fuel, context.report, disabled, context.kernels
+        context.fusions = dict(fusion.fuse(module, device, *given))
     context.fusions |= composites.count(module)
 
 

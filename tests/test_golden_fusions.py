@@ -21,8 +21,25 @@ ZOO = {
 }  # fmt: skip
 
 
-def forward(model, inputs, target="cuda:h100"):
-    return kpx.compile(model, target=target, **inputs)
+# What else they have forward: an embedding that a norm follows, products by group.
+EMBEDDED = {"llama", "modernbert", "mistral", "qwen2", "phi3", "falcon", "stablelm", "starcoder2", "mixtral", "gpt_oss"}
+MORE = {name: {"kpx.embed_norm": 1} for name in EMBEDDED} | {"t5": {"kpx.embed_norm": 2}}
+for _name in ("mixtral", "gpt_oss"):
+    MORE[_name]["kpx.grouped_matmul"] = 4
+# Layers with what follows them, which are found where their kernels are asked for.
+NAMED = kpx.Config(kernels={"kpx.linear": "linear_triton_cuda", "kpx.gated_linear": "gated_triton_cuda"})
+LAYERS = {
+    "bert": {"kpx.linear": 2}, "vit": {"kpx.linear": 2}, "mlp": {"kpx.linear": 1}, "llama": {"kpx.gated_linear": 2},
+}  # fmt: skip
+ZOO_LAYERS = {
+    "mistral": {"kpx.gated_linear": 2}, "qwen2": {"kpx.gated_linear": 2}, "gemma2": {"kpx.gated_linear": 2},
+    "olmo2": {"kpx.gated_linear": 2}, "opt": {"kpx.linear": 2}, "t5": {"kpx.linear": 4}, "starcoder2": {"kpx.linear": 2},
+    "roberta": {"kpx.linear": 2}, "dinov2": {"kpx.linear": 2},
+}  # fmt: skip
+
+
+def forward(model, inputs, target="cuda:h100", config=None):
+    return kpx.compile(model, target=target, config=config, **inputs)
 
 
 def trained(model, inputs, target="cuda:h100"):
@@ -42,7 +59,22 @@ def trained(model, inputs, target="cuda:h100"):
 @pytest.mark.models
 def test_a_case_has_its_fusions(name):
     compiled = forward(*CASES[name].make(small=True, dtype=torch.bfloat16))
-    assert compiled.fusions.get(ATTENTION, 0) == CASE[name]
+    assert compiled.fusions == ({ATTENTION: CASE[name]} if CASE[name] else {}) | MORE.get(name, {})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.models
+def test_a_cases_layers_are_found_where_they_are_asked_for(name):
+    compiled = forward(*CASES[name].make(small=True, dtype=torch.bfloat16), config=NAMED)
+    assert {k: n for k, n in compiled.fusions.items() if "linear" in k} == LAYERS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO_LAYERS)
+@pytest.mark.models
+def test_a_model_of_the_zoos_layers_are_found_where_they_are_asked_for(name):
+    compiled = forward(*build(name), config=NAMED)
+    assert {k: n for k, n in compiled.fusions.items() if "linear" in k} == ZOO_LAYERS[name]
 
 
 @pytest.mark.slow
@@ -59,5 +91,6 @@ def test_a_cases_training_step_has_its_fusions(name):
 def test_a_model_of_the_zoo_has_its_fusions_forward_and_in_training(name):
     model, inputs = build(name)
     model = model.eval()
-    found = forward(model, inputs).fusions.get(ATTENTION, 0), trained(model, inputs).fusions.get(WITH_GRADIENT, 0)
-    assert found == ZOO[name]
+    attention, in_training = ZOO[name]
+    assert forward(model, inputs).fusions == {ATTENTION: attention} | MORE.get(name, {})
+    assert trained(model, inputs).fusions.get(WITH_GRADIENT, 0) == in_training

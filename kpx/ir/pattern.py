@@ -8,6 +8,7 @@ then its results are those of the ops that were found.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ _LEFT_OUT = {"stablehlo.convert", "stablehlo.broadcast_in_dim", "stablehlo.resha
 _COMMUTATIVE = {f"stablehlo.{name}" for name in ("add", "multiply", "maximum", "minimum", "and", "or", "xor")}
 # Attributes that say where something is computed, or how it is named, and not what.
 _UNREAD = {"mhlo.sharding", "sdy.sharding", "mhlo.frontend_attributes"}
+REACH = 5
+"""How many levels below an op are looked at before a skeleton is searched for there."""
 _MOST_BINDINGS = 32  # ways of choosing a skeleton's inputs that are tried
 
 
@@ -79,14 +82,18 @@ class Graph:
         node = self.producers.get(self.bare(self.outputs[0]))
         return "" if node is None else node.name
 
-    @property
-    def below(self) -> frozenset[str]:
-        """The operations that make what the anchor takes, by name, less those that a constant may turn into another."""
-        node = self.producers.get(self.bare(self.outputs[0]))
-        made = [self.producers.get(self.bare(o)) for o in (node.operands if node is not None else ())]
-        return frozenset(
-            n.name for n in made if n is not None and not any(map(self.is_closed, (*n.operands, *n.results)))
-        )
+    @functools.cached_property
+    def below(self) -> tuple[frozenset[str], ...]:
+        """The operations in no, one, ... `REACH` levels below the anchor and at it, by name, less those that a constant may
+        turn into another."""
+        found: list[frozenset[str]] = []
+        level, names = {self.bare(self.outputs[0])}, set[str]()
+        for _ in range(REACH + 1):
+            nodes = [node for value in level if (node := self.producers.get(value)) is not None]
+            names.update(n.name for n in nodes if not any(map(self.is_closed, (*n.operands, *n.results))))
+            found.append(frozenset(names))
+            level = {self.bare(o) for node in nodes for o in node.operands}
+        return tuple(found)
 
     def bones(self) -> str:
         """The skeleton as text: equal where two graphs are found in the same places."""
@@ -227,6 +234,36 @@ class Matcher:
 
     def __init__(self) -> None:
         self._keys: dict[Value, str] = {}
+        self._below: list[dict[Value, frozenset[str]]] = [{} for _ in range(REACH + 1)]
+        self._chains: dict[Value, list[Value]] = {}
+        self._closed: dict[Value, bool] = {}
+
+    def chain(self, value: Value) -> list[Value]:
+        """A value, and what it is made of by what a skeleton leaves out, in turn."""
+        if (found := self._chains.get(value)) is None:
+            found = self._chains[value] = _downwards(value)
+        return found
+
+    def is_closed(self, value: Value) -> bool:
+        """See `is_closed`."""
+        if (found := self._closed.get(value)) is None:
+            found = self._closed[value] = is_closed(value)
+        return found
+
+    def may_be_at(self, needed: Sequence[frozenset[str]], value: Value) -> bool:
+        """Whether what a skeleton needs in some levels (`Graph.below`) is there, as far as names tell."""
+        return all(names <= self.below(value, levels) for levels, names in enumerate(needed))
+
+    def below(self, value: Value, levels: int) -> frozenset[str]:
+        """The operations that make a value, and those in some levels below, by name, less what a skeleton leaves out."""
+        known = self._below[levels]
+        if (found := known.get(value)) is None:
+            op = m.producer(self.chain(value)[-1])
+            found = frozenset() if op is None else frozenset([op.operation.name])
+            if op is not None and levels:
+                found = found.union(*(self.below(operand, levels - 1) for operand in op.operands))
+            known[value] = found
+        return found
 
     def skeletons(self, pattern: Graph, numbers: Sequence[int], root: Any) -> Iterator[Skeleton]:
         """Where a pattern's skeleton lies, its first output made by an op.
@@ -234,7 +271,7 @@ class Matcher:
         Args:
             numbers: the pattern's inputs that are to be constants in the module.
         """
-        search = _Search(pattern, frozenset(numbers))
+        search = _Search(self, pattern, frozenset(numbers))
         start = _State({}, {}, {})
         for state in search.descend(pattern.outputs[0], root.results[0], start):
             yield from self._others(search, state, 1)
@@ -302,21 +339,21 @@ class Matcher:
 class _Search:
     """A skeleton's search: from an output down to the inputs."""
 
-    def __init__(self, pattern: Graph, numbers: frozenset[int]):
-        self.pattern, self.numbers = pattern, numbers
+    def __init__(self, matcher: Matcher, pattern: Graph, numbers: frozenset[int]):
+        self.matcher, self.pattern, self.numbers = matcher, pattern, numbers
 
     def descend(self, number: int, value: Value, state: _State) -> Iterator[_State]:
         """States in which a pattern's value is a module's, less what a skeleton leaves out of both."""
         number = self.pattern.bare(number)
         node = self.pattern.producers.get(number)
-        chain = _downwards(value)
+        chain = self.matcher.chain(value)
         value = chain[-1]
         if node is None:
             if (bound := self._bind(number, chain, state)) is not None:
                 yield bound
             return
         if self.pattern.is_closed(number):  # what it is may depend on shapes
-            if is_closed(value):
+            if self.matcher.is_closed(value):
                 yield state
             return
         if number in state.values:
@@ -326,13 +363,14 @@ class _Search:
         op = m.producer(value)
         if op is None:
             return
-        state = _State({**state.values, number: value}, state.inputs, state.numbers)
         if (scaled := self._scaled(node)) is not None:
             if (factor := _scaled(op)) is not None:
-                yield from self.descend(scaled, factor, state)
+                below = _State({**state.values, number: value}, state.inputs, state.numbers)
+                yield from self.descend(scaled, factor, below)
             return
         if op.operation.name != node.name or len(op.operands) != len(node.operands):
             return
+        state = _State({**state.values, number: value}, state.inputs, state.numbers)
         for order in _orders(node):
             states = [state]
             for i, operand in zip(order, op.operands, strict=True):
@@ -428,12 +466,6 @@ def _orders(node: Node) -> list[tuple[int, ...]]:
     if node.name in _COMMUTATIVE and node.operands[0] != node.operands[1]:
         return [(0, 1), (1, 0)]
     return [tuple(range(len(node.operands)))]
-
-
-def below(op: Any) -> set[str]:
-    """The operations that make what an op of a module takes, by name, less what a skeleton leaves out."""
-    made = (m.producer(_downwards(operand)[-1]) for operand in op.operands)
-    return {maker.operation.name for maker in made if maker is not None}
 
 
 def is_closed(value: Value, depth: int = 8) -> bool:

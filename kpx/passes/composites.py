@@ -17,6 +17,7 @@ from kpx.ir import module as m
 from kpx.ir.module import func, ir, stablehlo
 from kpx.jax_internals import lower_alone
 from kpx.kernels import patterns, registry
+from kpx.kernels.selection import RULES, Selection
 from kpx.passes import known_masks
 
 
@@ -27,11 +28,13 @@ class Device:
     Attributes:
         is_known: whether it is in the table of chips. Kernels have been compiled for those; on another (an older GPU, one
             with less on-chip memory) they might not compile.
+        selection: what is known of kernels on it beside their rules.
     """
 
     platform: str
     kind: str
     is_known: bool = True
+    selection: Selection = RULES
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def _plain(op: Any, choice: Choice) -> Choice | None:
     if choice.function is None:
         return choice
     masked = [known_masks.is_by_position(v) for v in op.operands if m.element_type(v) == "i1"]
-    plain = set(m.dictionary(op.operation.attributes["composite_attributes"])) <= {"scale", "causal"}
+    plain = op.operation.attributes["name"].value == "kpx.attention" and _attributes(op).keys() <= {"scale", "causal"}
     return Choice(None, "") if masked and all(masked) and plain and m.rank(op.operands[0]) == 4 else None
 
 
@@ -91,7 +94,7 @@ def _lower(module: ir.Module, device: Device | None, taken: Callable[[Any, Choic
     for op in list(composites(module)):
         fields = op.operation.attributes
         name, avals = fields["name"].value, tuple(map(_struct, op.operands))
-        attributes = {key: _python(a) for key, a in m.dictionary(fields["composite_attributes"]).items()}
+        attributes = _attributes(op)
         case = (name, avals, tuple(sorted(attributes.items())))
         if case not in choices:
             choices[case] = _choose(name, device, avals, attributes)
@@ -155,14 +158,20 @@ def _choose(name: str, device: Device | None, avals: tuple, attributes: dict[str
     if pattern is None:
         kernel = registry.find(name)
         assert kernel is not None  # `composites` gives no others
-        implementation, refused = kernel.choose(device.platform if device else "", avals, attributes)
+        implementation, refused = (None, {}) if device is None else chosen_for(kernel, device, avals, attributes)
         function = None if implementation is None else implementation.function
         label = "decomposition (XLA)" if implementation is None else implementation.name
     else:
-        function, refused = replacement(pattern, device, avals, attributes)
-        label = "as it was (XLA)" if function is None else "its kernel"
-    reasons = "".join(f"; {name}: {reason}" for name, reason in refused.items())
-    return Choice(function, label + reasons)
+        return replacement(pattern, device, avals, attributes)
+    return Choice(function, label + _reasons(refused))
+
+
+def chosen_for(
+    kernel: registry.Kernel, device: Device, avals: tuple, attributes: dict[str, Any], differentiated: bool = False
+) -> tuple[registry.Implementation | None, dict[str, str]]:
+    """A kernel's implementation on a device (see `Kernel.choose`)."""
+    options = {"kind": device.kind, "selection": device.selection}
+    return kernel.choose(device.platform, avals, attributes, differentiated=differentiated, **options)
 
 
 def replacement(
@@ -172,18 +181,28 @@ def replacement(
     attributes: dict[str, Any],
     *,
     differentiated: bool = False,
-) -> tuple[Callable | None, dict[str, str]]:
+) -> Choice:
     """A pattern's replacement, where every kernel that it calls has an implementation, and otherwise why not."""
     if device is None:
-        return None, {}
+        return Choice(None, AS_IT_WAS)
     with jax.enable_x64(_wide(avals)):
         jaxpr = jax.make_jaxpr(lambda *arrays: pattern.replace(*arrays, **attributes))(*avals)
     refused: dict[str, str] = {}
+    names: dict[str, None] = {}
     for kernel, structs, stated in registry.calls(jaxpr.jaxpr):
-        implementation, reasons = kernel.choose(device.platform, structs, stated, differentiated=differentiated)
+        implementation, reasons = chosen_for(kernel, device, structs, stated, differentiated)
+        refused |= reasons
         if implementation is None:
-            return None, refused | reasons
-    return pattern.replace, refused
+            return Choice(None, AS_IT_WAS + _reasons(refused))
+        names[implementation.name] = None
+    return Choice(pattern.replace, (", ".join(names) or "its replacement") + _reasons(refused))
+
+
+AS_IT_WAS = "as it was (XLA)"
+
+
+def _reasons(refused: dict[str, str]) -> str:
+    return "".join(f"; {name}: {reason}" for name, reason in refused.items())
 
 
 def _spliced(
@@ -209,6 +228,12 @@ def _wide(avals: Sequence[jax.ShapeDtypeStruct]) -> bool:
 
 def _struct(value: m.Value) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(m.shape(value), m.element_dtype(m.tensor_type(value)))
+
+
+def _attributes(op: Any) -> dict[str, Any]:
+    fields = op.operation.attributes
+    given = m.dictionary(fields["composite_attributes"]) if "composite_attributes" in fields else {}
+    return {key: _python(a) for key, a in given.items()}
 
 
 def _python(attribute: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from kpx.ir import cost
 from kpx.ir import module as m
 from kpx.ir.module import Value, ir, stablehlo
-from kpx.ir.pattern import Graph, Matcher, below, graph_of, is_closed, outline
+from kpx.ir.pattern import Graph, Matcher, graph_of, is_closed, outline
 from kpx.ir.rewrite import Fuel, Report, apply_rewrites, erase_dead
 from kpx.kernels import pattern_check
 from kpx.kernels import patterns as registry
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern
+from kpx.kernels.selection import Selection, is_recording
 from kpx.passes import canonicalize, known_masks, pairs, precision, repeated, skeletons
 from kpx.passes.composites import Device, replacement
 from kpx.passes.shardings import Shardings
@@ -52,7 +53,12 @@ class Match:
 
 
 def fuse(
-    module: ir.Module, device: Device, fuel: Fuel, report: Report, disabled: frozenset[str] = frozenset()
+    module: ir.Module,
+    device: Device,
+    fuel: Fuel,
+    report: Report,
+    disabled: frozenset[str] = frozenset(),
+    chosen: dict[str, str] | None = None,
 ) -> collections.Counter[str]:
     """Holds what patterns recognise as composites, in place; each one's decomposition is the ops that it was.
 
@@ -65,6 +71,9 @@ def fuse(
 
     In a module that is partitioned over a mesh, what is found becomes kernels of one device's part (see `spread_of`).
 
+    Args:
+        chosen: takes what is computed at once, or would have been, with the kernels or the reason why not.
+
     Returns:
         How often each was found and computed at once; the others are composites, and can be counted as such.
     """
@@ -74,12 +83,12 @@ def fuse(
     with module.context, ir.Location.unknown():
         taken: set[Value] = set()
         replaced: dict[Value, Value] = {}
-        for match in _described(module, sorted(_matches(module, device.platform, disabled), key=lambda m: -m.gain)):
+        for match in _described(module, sorted(_matches(module, device, disabled), key=lambda m: -m.gain)):
             touched = {r for op in match.ops for r in op.results if not _is_free(op)}
             spread = None if shardings is None else spread_of(match.base, match.inputs, shardings)
             if touched & taken or (shardings is not None and spread is None):
                 continue
-            if not _may_be_used(match, device, report, spread) or not fuel.burn():
+            if not _may_be_used(match, device, report, spread, {} if chosen is None else chosen) or not fuel.burn():
                 continue
             inputs = [replaced.get(v, v) for v in match.inputs]
             if match.pattern.gradient_of is None and spread is None:
@@ -155,7 +164,7 @@ def _spliced(
         return None
 
 
-def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | None) -> bool:
+def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | None, chosen: dict[str, str]) -> bool:
     pattern = match.base
     if match.pattern.name in report.reverted or pattern.name in report.reverted:
         return False
@@ -169,23 +178,40 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
     if spread is not None:
         arrays = tuple(map(spread.part, arrays, spread.letters))
     differentiated = match.pattern.gradient_of is not None
-    return replacement(pattern, device, arrays, match.numbers, differentiated=differentiated)[0] is not None
+    choice = replacement(pattern, device, arrays, match.numbers, differentiated=differentiated)
+    if choice.function is None:
+        chosen.setdefault(match.pattern.label, choice.label)
+    else:
+        chosen[match.pattern.label] = choice.label
+    return choice.function is not None
 
 
-def _matches(module: ir.Module, platform: str, disabled: frozenset[str]) -> Iterator[Match]:
+def _matches(module: ir.Module, device: Device, disabled: frozenset[str]) -> Iterator[Match]:
     """Where patterns are, and where they are with their gradients, which are looked for where a skeleton was found."""
+    platform = device.platform
     matcher, differentiated = Matcher(), _is_differentiated(module)
-    there = {op.operation.name.removeprefix("stablehlo.") for op in m.walk(m.main(module))}
+    there, types = set(), set()
+    for op in m.walk(m.main(module)):
+        there.add(op.operation.name.removeprefix("stablehlo."))
+        if isinstance(op, stablehlo.ConvertOp):
+            types.add(m.element_type(op.results[0]))
     wanted = [
         p
         for p in registry.patterns()
         if p.name not in disabled
         and (differentiated or not p.with_gradient_alone)
         and (not p.among or not there.isdisjoint(p.among))
+        and p.types <= types
     ]
     recognised: dict[tuple[Pattern, int], None] = {}
     largest = _largest_product(module)
-    wanted = [p for p in wanted if is_of_use(p, platform) and _least_product(p, platform) <= largest]
+    wanted = [
+        p
+        for p in wanted
+        if (asked := _is_asked_for(p, device.selection))
+        or (_least_product(p, platform) <= largest and not (differentiated and p.inference_alone))
+        if is_of_use(p, platform, asked)
+    ]
     candidates = [(p, group) for p in wanted for group in range(len(p.searches))]
     for match in _search(module, matcher, candidates, platform, recognised):
         if not match.pattern.with_gradient_alone:
@@ -223,17 +249,20 @@ def _search(
 ) -> Iterator[Match]:
     """Where patterns are, by groups of their spellings; groups whose skeleton is there, if not the pattern, join those that
     are recognised."""
-    by_anchor: dict[str, dict[str, tuple[frozenset[str], list[tuple[Pattern, int]]]]] = collections.defaultdict(dict)
+    by_anchor: dict[str, dict[Any, dict[str, list[tuple[Pattern, int]]]]] = collections.defaultdict(dict)
     for pattern, group in candidates:
         skeleton = _skeleton(pattern, group, platform == "cpu")
-        by_anchor[skeleton.anchor].setdefault(skeleton.bones(), (skeleton.below, []))[1].append((pattern, group))
+        alike = by_anchor[skeleton.anchor].setdefault(skeleton.below, {})
+        alike.setdefault(skeleton.bones(), []).append((pattern, group))
     for op in m.walk(m.main(module)):
         if (anchored := by_anchor.get(op.operation.name)) is None:
             continue
-        made = below(op)
-        for needed, alike in anchored.values():
-            if needed <= made and (found := _match(matcher, alike, op, platform, recognised)) is not None:
-                yield found
+        for needed, skeletons_here in anchored.items():
+            if not matcher.may_be_at(needed, op.results[0]):
+                continue
+            for alike in skeletons_here.values():
+                if (found := _match(matcher, alike, op, platform, recognised)) is not None:
+                    yield found
 
 
 def _match(
@@ -256,8 +285,11 @@ def _match(
                 for graph in _graphs(pattern, group, inputs, numbers, platform):
                     for outputs in found.results([graph.types[o] for o in graph.outputs]):
                         ops = matcher.exactly(graph, inputs, outputs)
-                        if ops is not None and _is_closed(ops, outputs) and _is_in_order(pattern, inputs, outputs):
-                            return Match(pattern, inputs, outputs, tuple(ops), numbers, _gain(ops, outputs))
+                        if ops is None or not _is_in_order(pattern, inputs, outputs):
+                            continue
+                        free = {op.results[0] for op in ops if _is_free(op, matcher.is_closed)}
+                        if _is_closed(ops, outputs, free):
+                            return Match(pattern, inputs, outputs, tuple(ops), numbers, _gain(ops, outputs, free))
     return None
 
 
@@ -297,18 +329,18 @@ def _may_have(pattern: Pattern, place: int) -> set[int]:
     return {rank, *([0] if is_cotangent else []), *([rank + 1] if place in pattern.stacked else [])}
 
 
-def _gain(ops: Sequence[Any], outputs: Sequence[Value]) -> int:
-    return sum(_bytes(r) for op in ops if not _is_free(op) for r in op.results if r not in outputs)
+def _gain(ops: Sequence[Any], outputs: Sequence[Value], free: set[Value]) -> int:
+    return sum(_bytes(r) for op in ops if op.results[0] not in free for r in op.results if r not in outputs)
 
 
-def _is_closed(ops: Sequence[Any], outputs: Sequence[Value]) -> bool:
+def _is_closed(ops: Sequence[Any], outputs: Sequence[Value], free: set[Value]) -> bool:
     """Whether nothing outside needs what is between a match's inputs and outputs, which are made in one place."""
     if len({m.producer(v).operation.parent for v in outputs}) > 1:
         return False
     inside = {op.results[0] for op in ops}
     cheap: set[Value] = set()  # what costs next to nothing to compute again from the inputs
     for op in ops:
-        if _is_free(op) and all(o in cheap or o not in inside for o in op.operands):
+        if op.results[0] in free and all(o in cheap or o not in inside for o in op.operands):
             cheap.update(op.results)
             continue
         for result in op.results:
@@ -329,9 +361,9 @@ def _is_in_order(pattern: Pattern, inputs: Sequence[Value], outputs: Sequence[Va
     return all(further.operation.is_before_in_block(op.operation) for op in gradients)
 
 
-def _is_free(op: Any) -> bool:
+def _is_free(op: Any, closed: Callable[[Value], bool] = is_closed) -> bool:
     """Whether others may use an op of a match too: it costs next to nothing, or no input decides it (a mask)."""
-    return op.operation.name.removeprefix("stablehlo.") in _FREE or all(map(is_closed, op.operands))
+    return op.operation.name.removeprefix("stablehlo.") in _FREE or all(map(closed, op.operands))
 
 
 def _bytes(value: Value) -> int:
@@ -365,20 +397,37 @@ def _is_differentiated(module: ir.Module) -> bool:
     return any("transpose(" in m.source_path(op) for op in m.walk(m.main(module)) if isinstance(op, kinds))
 
 
+def _is_asked_for(pattern: Pattern, selection: Selection) -> bool:
+    """Whether more is known, or wanted, of a pattern's kernels than their rules."""
+    if is_recording():
+        return True
+    return bool(selection.kernels) and any(kernel.name in selection.kernels for kernel in _kernels(pattern))
+
+
 @functools.lru_cache(maxsize=1024)
-def is_of_use(pattern: Pattern, platform: str) -> bool:
-    """Whether every kernel that a pattern's replacement calls has an implementation for a platform."""
+def is_of_use(pattern: Pattern, platform: str, asked: bool = False) -> bool:
+    """Whether every kernel that a pattern's replacement calls has an implementation for a platform.
+
+    Args:
+        asked: one that rules never choose will do.
+    """
     if pattern.platforms and platform not in pattern.platforms:
         return False
     anything = any(i.target == platform for kernel in kernels.kernels() for i in kernel.implementations)
     if pattern.checked and not anything:
         return False  # kpx's own call kernels: told without tracing them
-    return all(any(i.target == platform for i in kernel.implementations) for kernel in _kernels(pattern))
+    return all(
+        any(asked or i.prefers is not kernels.where_measured for i in kernel.on_target(platform))
+        for kernel in _kernels(pattern)
+    )
 
 
 def _least_product(pattern: Pattern, platform: str) -> int:
     """The size, in two dimensions, that some batched product's result must have for a pattern to gain anything."""
-    least = [[i.least for i in kernel.implementations if i.target == platform] for kernel in _kernels(pattern)]
+    least = [
+        [i.least for i in kernel.on_target(platform) if i.prefers is not kernels.where_measured]
+        for kernel in _kernels(pattern)
+    ]
     return max((min(each) for each in least if each), default=0)
 
 

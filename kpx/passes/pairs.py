@@ -62,9 +62,10 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spr
     computed = functools.partial(carries or pattern.replace, **dict(numbers))
     differentiated = len(structs) > count
     pulls: list[Any] = []
+    options: dict[str, Any] = {"kind": device.kind, "selection": device.selection}
 
     def forward(*arrays):
-        with kernels.implemented_for(device.platform, differentiated=differentiated):
+        with kernels.implemented_for(device.platform, differentiated=differentiated, **options):
             if not differentiated:
                 return (computed(*arrays),)
             variable, function = hold(computed, pattern.constant, arrays)
@@ -75,7 +76,7 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spr
         return out, *saved
 
     def backward(*given):
-        with kernels.implemented_for(device.platform):
+        with kernels.implemented_for(device.platform, **options):
             tree, shape = pulls[-1]
             cotangents = given[tree.num_leaves :]
             cotangent = jnp.broadcast_to(cotangents[0], shape)

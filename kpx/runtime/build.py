@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,12 +11,15 @@ from typing import Any
 
 import jax
 
+from kpx._version import __version__
 from kpx.config import Config
 from kpx.errors import CompileError
-from kpx.hardware.target import Target
+from kpx.hardware import cpu
+from kpx.hardware.target import Target, cores
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import mark_weights, split
+from kpx.kernels.selection import RULES, Selection, read
 from kpx.passes.composites import Device
 from kpx.pipeline import Context, no_collections, optimize_module
 from kpx.runtime.absent import AbsentExecutable, compile_absent
@@ -30,8 +35,25 @@ def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config
 
 
 def _context(target: Target, config: Config) -> Context:
-    device = Device(target.platform, target.device_kind, target.platform == "cpu" or target.spec is not None)
+    is_known = target.platform == "cpu" or target.spec is not None
+    device = Device(target.platform, target.device_kind, is_known, _selection(target, config))
     return Context(device, target.features, config, Fuel.from_environment())
+
+
+def _selection(target: Target, config: Config) -> Selection:
+    if config.kernel_cache is None:
+        return Selection(tuple(config.kernels)) if config.kernels else RULES
+    return Selection(tuple(config.kernels), read(config.kernel_cache, environment(target)))
+
+
+def environment(target: Target) -> dict[str, str]:
+    """What decides how fast kernels are on a target, as measurements of them are kept with it."""
+    found = {"device": target.device_kind, "jax": jax.__version__, "kpx": __version__}
+    if target.platform == "cpu":
+        return found | {"device": cpu.model(), "cores": str(cores())}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
+    return found
 
 
 def lower_for(target: Target, jitted: Any, *args, **kwargs) -> jax.stages.Lowered:

@@ -148,7 +148,7 @@ def test_attention_becomes_a_kernel_and_never_holds_the_scores(written, target):
     kernel, custom_call = KERNELS[target]
     compiled = kpx.compile(function, spec, spec, spec, target=target)
     assert compiled.fusions == {"kpx.attention": 1}
-    assert compiled.kernels["kpx.attention"] == kernel
+    assert compiled.kernels["kpx.attention"].partition(";")[0] == kernel
     assert f'custom_call_target="{custom_call}"' in compiled.hlo
     assert f"{LENGTH},{LENGTH}" not in compiled.hlo
 
@@ -180,7 +180,7 @@ def _jax_nn_padded(q, k, v, lengths):
 @pytest.mark.parametrize(("function", "spec"), [(_padded, HEADS_FIRST), (_jax_nn_padded, HEADS_THIRD)])
 def test_a_mask_of_keys_that_an_input_decides_is_taken_as_it_is(function, spec, target):
     compiled = kpx.compile(function, spec, spec, spec, _struct(2, dtype=jnp.int32), target=target)
-    assert compiled.kernels["kpx.attention"] == KERNELS[target][0]
+    assert compiled.kernels["kpx.attention"].partition(";")[0] == KERNELS[target][0]
     assert f"{LENGTH},{LENGTH}" not in compiled.hlo
 
 
