@@ -112,7 +112,7 @@ ELSEWHERE = {
     aten._local_scalar_dense.default, aten._assert_scalar.default, aten._assert_async.msg,
     aten._functional_assert_async.msg, aten.fractional_max_pool2d_backward.default,
     aten.fractional_max_pool3d_backward.default, aten._grouped_mm.default, "transformers::grouped_mm_fallback",
-    "transformers::grouped_mm_fallback_backward",
+    "transformers::grouped_mm_fallback_backward", "kpx.op.default", "kpx.op_backward.default",
 }  # fmt: skip
 
 # Overload -> arguments, keywords, and the mean of what is drawn.
