@@ -18,7 +18,7 @@ _BF16, _F32, _I32 = "*bf16", "*fp32", "*i32"
 
 def every() -> list[dict[str, Any]]:
     """A row for each kernel, in bf16, and each architecture that it is chosen for."""
-    return [row for rows in (attention, decoding, grouped, norms) for row in rows()]
+    return [row for rows in (attention, decoding, grouped, norms, linear, around_norms, images) for row in rows()]
 
 
 def attention(length: int = 4096, size: int = 128) -> list[dict[str, Any]]:
@@ -103,6 +103,63 @@ def norms(rows: int = 8192) -> list[dict[str, Any]]:
                     ),
                 )
             ]
+    return found
+
+
+def linear(rows: int = 8192, size: int = 4096, width: int = 14336) -> list[dict[str, Any]]:
+    """Of linear layers with bias, GELU and residual, and of gated ones, as they are in training."""
+    from kpx.kernels import linear_gpu as gpu
+    from kpx.kernels import linear_triton as kernels
+    from kpx.kernels.linear import Settings
+
+    x, found = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16), []
+    for architecture, (backend, *_) in ARCHITECTURES.items():
+        platform = "cuda" if backend == "cuda" else "rocm"
+        for kernel, products, types, own in (
+            (kernels.linear, 1, [_BF16] * 6, {"BIAS": True, "RESIDUAL": True}),
+            (kernels.gated, 2, [_BF16] * 6, {}),
+        ):
+            cut = gpu.tiles(platform, rows, width, size, 2, products)
+            settings = Settings(platform, "gelu" if products == 1 else "silu", False)
+            constants = gpu.constants(x, width, settings, cut) | own | {"SAVE": True}
+            name = f"{kernel.__name__} layer, bf16"
+            found.append(_row(name, kernel, types, constants, cut.warps, cut.stages, architecture))
+    return found
+
+
+def around_norms(rows: int = 8192) -> list[dict[str, Any]]:
+    """Of a sum, its norm, and that in int8 with a scale for each row, at a usual and at the largest size."""
+    from kpx.kernels import norm_gpu
+    from kpx.kernels import norm_triton as kernels
+
+    found = []
+    for size in (4096, norm_gpu.MOST_SIZE):
+        blocks, warps = norm_gpu.cut(size)
+        given = {"ROWS": rows, "SIZE": size, "EPS": 1e-6, "CENTRED": False, "RESIDUAL": True, "INDEX": False, "TABLE": rows,
+                 "TOTAL": True, "WEIGHT": True, "BIAS": False, "QUANTIZED": True, "LARGEST": 127.0, "ROUND": True,
+                 "BY_ROW": True}  # fmt: skip
+        types = [_BF16] * 2 + [_I32] + [_BF16] + [_I32] * 2 + ["*i8", _F32, _BF16]
+        for architecture in ARCHITECTURES:
+            name = f"sum, norm and int8, {size}"
+            found.append(_row(name, kernels.fused, types, given | blocks, warps, 2, architecture))
+    return found
+
+
+def images(batch: int = 4, side: int = 64, channels: int = 320) -> list[dict[str, Any]]:
+    """Of a group norm with its SiLU, and of a depthwise-separable block."""
+    from kpx.kernels import group_norm_gpu, group_norm_triton, separable_gpu, separable_triton
+
+    found, positions = [], side * side
+    blocks, warps = group_norm_gpu.cut(channels // 32)
+    norm = {"POSITIONS": positions, "CHANNELS": channels, "GROUPS": 32, "EPS": 1e-5, "SILU": True} | blocks
+    tiles, few = separable_gpu.cut(batch * positions, channels, 2 * channels)
+    block = {"POSITIONS": batch * positions, "HEIGHT": side, "WIDTH": side, "CHANNELS": channels, "DOWN": side,
+             "ACROSS": side, "DEPTH": 2 * channels, "KH": 3, "KW": 3, "STRIDE": 1, "TOP": 1, "LEFT": 1,
+             "ACTIVATION": "relu6", "PRECISION": "ieee"} | tiles  # fmt: skip
+    for a in ARCHITECTURES:
+        found.append(_row("group norm and SiLU", group_norm_triton.forward, [_BF16] * 4, norm, warps, 2, a))
+        types = [_BF16] * 2 + [_F32] * 2 + [_BF16] * 2
+        found.append(_row("depthwise-separable", separable_triton.forward, types, block, few, 2, a))
     return found
 
 

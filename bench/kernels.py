@@ -3,7 +3,7 @@
 `python -m bench.kernels [--json FILE] [--rounds 20] [--small]`
 
 Measured (correct first, then medians of rounds in which all run in turn, each a ratio to the fastest): kpx's kernel, plain
-XLA, jax.nn, cuDNN through jax.nn, PyTorch's SDPA and torch.compile. Without a GPU that part says "not run".
+XLA, each other implementation by name (cuDNN, tokamax), jax.nn, cuDNN through jax.nn. Without a GPU that part says "not run".
 
 Compiled, with the vendors' compilers: memory beyond arguments and results with kpx's kernels and without, and what Triton's
 own compiler says of the kernels: registers, spills, shared memory.
@@ -31,7 +31,9 @@ from rich.table import Table
 import kpx
 from bench import kernel_resources
 from kpx.hardware import cpu, plugins
+from kpx.kernels import registry, selection
 from kpx.kernels.attention import attention_kernel
+from kpx.kernels.group_norm import by_groups
 from kpx.kernels.paged_attention import paged_attention_kernel
 
 TARGETS = ("cuda:h100", "cuda:h200", "cuda:b200", "rocm:mi300x", "tpu-v5e", "tpu-v6e", "tpu-v5p")
@@ -127,6 +129,74 @@ def decoding_case(kv_length: int, batch: int = 8, page: int = 0) -> dict[str, An
     return {"shapes": ((batch, 32, 128), pages, pages), "others": {}, "alone": True} | forms
 
 
+def gated_case(rows: int, size: int, width: int) -> dict[str, Any]:
+    """A gated linear layer (SwiGLU), bf16; its kernels are used by name."""
+
+    def plain(x, gate, up):
+        return jax.nn.silu(x @ gate) * (x @ up)
+
+    names = {"cuda": "gated_triton_cuda", "rocm": "gated_triton_rocm", "tpu": "gated_pallas"}
+    named = {platform: {"kpx.gated_linear": name} for platform, name in names.items()}
+    shapes = (rows, size), (size, width), (size, width)
+    return {"shapes": shapes, "plain": plain, "kpx": plain, "others": {}, "named": named}
+
+
+def quantized_norm_case(tokens: int, size: int) -> dict[str, Any]:
+    """A sum, its RMS norm, and that in int8 with a scale for each row."""
+
+    def plain(x, residual, w):
+        total = x + residual
+        wide = total.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6) * w.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(y), -1, keepdims=True) / 127
+        return jnp.round(y / scale).astype(jnp.int8), scale, total
+
+    shapes = (tokens, size), (tokens, size), (size,)
+    return {"shapes": shapes, "plain": plain, "kpx": plain, "others": {}, "alone": True}
+
+
+def group_norm_case(batch: int, side: int, channels: int, groups: int) -> dict[str, Any]:
+    """A group norm and its SiLU, channels last."""
+
+    def plain(x, w, b):
+        return jax.nn.silu(by_groups(x, groups, 1e-5, -1) * w + b).astype(x.dtype)
+
+    ours = functools.partial(_group_norm, groups)
+    shapes = (batch, side, side, channels), (channels,), (channels,)
+    return {"shapes": shapes, "plain": plain, "kpx": ours, "others": {}, "alone": True}
+
+
+def _group_norm(groups, x, w, b):
+    return kpx.ops.group_norm(x, groups, w, b, activation="silu")
+
+
+def rotary_case(batch: int, heads: int, length: int) -> dict[str, Any]:
+    """Rotary embedding of heads of 128."""
+
+    def plain(x, cos, sin):
+        first, second = jnp.split(x, 2, -1)
+        return x * cos + jnp.concatenate([-second, first], -1) * sin
+
+    shapes = (batch, heads, length, 128), (length, 128), (length, 128)
+    return {"shapes": shapes, "plain": plain, "kpx": plain, "others": {}, "alone": True}
+
+
+def separable_case(batch: int, side: int, channels: int, width: int) -> dict[str, Any]:
+    """A depthwise convolution of 3x3, ReLU, and one of 1x1; its kernel is used by name."""
+
+    def convolved(x, w, groups):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    def plain(x, depthwise, pointwise):
+        return convolved(jnp.maximum(convolved(x, depthwise, channels), 0), pointwise, 1)
+
+    named = {platform: {"kpx.separable_conv": f"separable_{platform}"} for platform in ("cuda", "rocm")}
+    shapes = (batch, side, side, channels), (3, 3, 1, channels), (1, 1, channels, width)
+    return {"shapes": shapes, "plain": plain, "kpx": plain, "others": {}, "named": named, "alone": True}
+
+
 def cases(small: bool) -> dict[str, dict[str, Any]]:
     """What is measured and compiled, by name."""
     lengths = (256,) if small else (4096, 16384)
@@ -138,7 +208,16 @@ def cases(small: bool) -> dict[str, dict[str, Any]]:
     found[f"linear + cross-entropy, {vocabulary}"] = loss_case(tokens, vocabulary, size)
     rows, groups, size, width = (64, 4, 32, 16) if small else (8192, 16, 2048, 1024)
     found[f"layer norm, {tokens} of {4 * width}"] = norm_case(tokens, 4 * width)
-    return found | {f"grouped matmul, {rows} rows, {groups} groups": grouped_case(rows, groups, size, width)}
+    found[f"grouped matmul, {rows} rows, {groups} groups"] = grouped_case(rows, groups, size, width)
+    rows, size, width = (128, 128, 256) if small else (8192, 4096, 14336)
+    found[f"gated linear, {rows} by {size} by {width}"] = gated_case(rows, size, width)
+    found[f"sum, norm and int8, {rows} of {size}"] = quantized_norm_case(rows, size)
+    side, channels = (8, 64) if small else (64, 320)
+    found[f"group norm and SiLU, {side} by {side} by {channels}"] = group_norm_case(4, side, channels, 32)
+    found["rotary, heads of 128"] = rotary_case(1, 4, 64) if small else rotary_case(4, 32, 4096)
+    side, channels = (8, 32) if small else (56, 256)
+    found[f"depthwise-separable, {side} by {side} by {channels}"] = separable_case(8, side, channels, 2 * channels)
+    return found
 
 
 def with_gradient(function: Callable) -> Callable:
@@ -157,7 +236,8 @@ def compiled(target: str, case: dict[str, Any], backward: bool) -> dict[str, Any
     for name, level in (("plain", "conservative"), ("kpx", "balanced")):
         function = with_gradient(case[name]) if backward else case[name]
         try:
-            made = kpx.compile(function, *specs, target=target, config=kpx.Config(level=level))
+            named = case.get("named", {}).get(kpx.Target(target).platform, {}) if name == "kpx" else {}
+            made = kpx.compile(function, *specs, target=target, config=kpx.Config(level=level, kernels=named))
         except kpx.KpxError as error:
             row[name] = {"error": str(error).splitlines()[0]}
             continue
@@ -173,6 +253,8 @@ def measured(case: dict[str, Any], backward: bool, rounds: int) -> dict[str, Any
     wrap = with_gradient if backward else lambda f: f
     forms = {"kpx": kpx.jit(wrap(case["kpx"])), "plain XLA": jax.jit(wrap(case["plain"]))}
     forms |= {name: jax.jit(wrap(f)) for name, f in case["others"].items()}
+    for kernel, name in _implementations(wrap(case["kpx"]), arrays):
+        forms[name] = kpx.jit(wrap(case["kpx"]), config=kpx.Config(kernels={kernel: name}))
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(wrap(case["plain"]))(*(a.astype(jnp.float32) for a in arrays))
     rows: dict[str, Any] = {}
@@ -194,6 +276,19 @@ def measured(case: dict[str, Any], backward: bool, rounds: int) -> dict[str, Any
     for name, median in medians.items():
         rows[name] |= {"seconds": median, "of the fastest": median / min(medians.values())}
     return rows
+
+
+def _implementations(function: Callable, arrays: list[Any]) -> list[tuple[str, str]]:
+    """The kernels of a function's fused ops here, each with one that takes its place by name."""
+    with selection.recording() as found:
+        kpx.compile(function, *arrays)
+    platform = jax.default_backend().replace(
+        "gpu", "rocm" if "rocm" in jax.devices()[0].client.platform_version else "cuda"
+    )
+    kernels = {case.kernel: registry.find(case.kernel) for case in found}
+    return [
+        (name, i.name) for name, kernel in kernels.items() if kernel is not None for i in kernel.on_target(platform)
+    ]
 
 
 def _distance(value: Any, exact: Any) -> float:
