@@ -42,12 +42,15 @@ class Case:
     def text(self) -> str:
         """The case in words, by which measurements are kept."""
         arrays = ", ".join(f"{s.dtype}{list(s.shape)}" for s in self.structs)
-        given = ", ".join(f"{name}={_plain(value)!r}" for name, value in self.attributes)
+        given = ", ".join(f"{name}={_plain(value)}" for name, value in self.attributes)
         return f"{self.kernel} v{self.version} ({arrays}; {given}){' with gradient' if self.differentiated else ''}"
 
 
-def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, bool) else value  # as a module's attributes are read back
+def _plain(value: Any) -> str:
+    """An attribute as it is in a module too: where bools are numbers, and f32 constants have six digits."""
+    if isinstance(value, str):
+        return repr(value)
+    return f"{float(value):.6g}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def write(path: str | os.PathLike, environment: Mapping[str, str], cases: Mappin
             stream.write("\n")
         os.replace(name, file)
     except OSError as error:
-        raise ConfigError(f"Measurements cannot be written to `{path}`: {error}. Name another file.") from None
+        raise ConfigError(f"Measurements cannot be written to `{path}`: {error.strerror}. Name another file.") from None
 
 
 def known(implementations: Sequence[str]) -> str:

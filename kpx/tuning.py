@@ -65,7 +65,10 @@ class Tuned:
         return dataclasses.asdict(self)
 
     def __rich__(self) -> Group:
-        lines = [f"{len(self.measured)} cases of fused ops, measured on {self.environment['device']}; in {self.path}"]
+        if not self.measured:
+            return Group(Text("It has no fused op of which there is more than one implementation here."))
+        count = f"{len(self.measured)} case{'s' * (len(self.measured) > 1)} of fused ops"
+        lines = [f"{count}, measured on {self.environment['device']}; in {self.path}"]
         for found in self.measured:
             lines.append(found.case)
             base = found.seconds.get(found.rules)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,24 @@ def test_attention_is_chosen_by_name_and_explained():
     assert kpx.compile(attend, spec, spec, spec, config=config).kernels["kpx.attention"] == "in_chunks"
     said = kpx.explain(attend, spec, spec, spec, targets=["cuda:h100"]).to_dict()
     assert "flash_cuda; cudnn: it takes bf16 or f16 alone" in str(said)
+
+
+def test_measurements_that_were_shipped_choose_for_a_machine_that_is_not_here(tmp_path):
+    spec = jax.ShapeDtypeStruct((1, 4, 4096, 128), jnp.bfloat16)
+    structs, attributes = (spec,) * 3, (("causal", True), ("scale", 128**-0.5))
+    case = selection.Case("kpx.attention", registry.find("kpx.attention").version, structs, attributes, False)
+    path = tmp_path / "kernels.json"
+    selection.write(path, environment(kpx.Target("cuda:h200")), {case.text: {"fastest": "flash_cuda"}}, "2026-11-25")
+    for target, chosen in (
+        ("cuda:h200", "flash_cuda; cudnn: `flash_cuda` was measured as faster"),
+        ("cuda:h100", "cudnn"),
+    ):
+        config = kpx.Config(kernel_cache=str(path))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            compiled = kpx.compile(attend, spec, spec, spec, target=target, config=config)
+        assert compiled.kernels["kpx.attention"] == chosen
+        assert any(issubclass(w.category, kpx.KernelCacheWarning) for w in warned) == (target == "cuda:h100")
 
 
 def test_a_gradients_kernels_are_told_and_refused_with_the_reason():

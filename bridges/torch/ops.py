@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from torch import library
 
 from kpx import ops as _jax_ops
 from kpx.bridges.torch.dtypes import to_jax, to_torch
@@ -80,7 +81,7 @@ def _computed(function: Callable, tensors: Sequence[torch.Tensor]) -> list[torch
     return [to_tensor(r).clone() for r in results]
 
 
-@torch.library.custom_op("kpx::op", mutates_args=())
+@library.custom_op("kpx::op", mutates_args=())
 def _op(tensors: Sequence[torch.Tensor], name: str, given: str) -> list[torch.Tensor]:
     return _computed(_function(name, given), tensors)
 
@@ -90,7 +91,7 @@ def _(tensors, name, given):
     return _structs(_function(name, given), tensors)
 
 
-@torch.library.custom_op("kpx::op_backward", mutates_args=())
+@library.custom_op("kpx::op_backward", mutates_args=())
 def _op_backward(
     tensors: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], name: str, given: str
 ) -> list[torch.Tensor]:
