@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kpx.kernels.attention import attention_kernel, named
+from kpx.kernels.attention import attention_kernel, in_sight, named
 from kpx.kernels.registry import where_measured
 from kpx.kernels.visible import narrowed
 
@@ -83,18 +83,12 @@ def _attend(
 ):
     tokamax = _library()
     further, causal, window, _ = narrowed(named(arrays, given), causal, window, visible)
-    mask = further.get("mask")
-    if mask is not None:
-        mask = mask.reshape((1,) * (query.ndim - mask.ndim) + mask.shape)
+    mask, lengths = _by_batch(further.get("mask"), query.shape[:-3]), further.get("kv_lengths")
     is_bias = mask is not None and mask.dtype != bool
-    lead = query.shape[:-3]
-    lengths = further.get("kv_lengths")
+    seen = _seen(mask, lengths, (query.shape[-2], key.shape[-2]), causal, window) if further else None
+    if is_bias:
+        mask = jnp.where(seen, mask, 0)  # else its gradient would be NaN
     turned = [jnp.swapaxes(a.reshape(-1, *a.shape[-3:]), 1, 2) for a in (query, key, value)]
-    if mask is not None:
-        wide = jnp.broadcast_to(
-            mask, (*(lead if any(n != 1 for n in mask.shape[: len(lead)]) else (1,) * len(lead)), *mask.shape[-3:])
-        )
-        mask = wide.reshape(-1, *mask.shape[-3:])
     out = tokamax.dot_product_attention(
         *turned,
         bias=mask if is_bias else None,
@@ -106,7 +100,30 @@ def _attend(
         key_value_seq_lengths=None if lengths is None else lengths.reshape(-1),
         implementation=_FORMS[platform],
     )
-    return jnp.swapaxes(out, 1, 2).reshape(*query.shape[:-1], value.shape[-1])
+    out = jnp.swapaxes(out, 1, 2)
+    if seen is not None:  # what sees nothing is zero here, and not defined there
+        out = jnp.where(seen, out, 0)
+    return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _seen(mask, lengths, sizes: tuple[int, int], causal: bool, window: int):
+    """Which queries see anything, `[batch, heads, length, 1]`, or what broadcasts to it."""
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, *sizes), axis) for axis in (2, 3))
+    allowed = in_sight(row, column, causal, window) if causal or window else jnp.ones_like(row, bool)
+    if mask is not None:
+        allowed = allowed & (mask if mask.dtype == bool else mask > -jnp.inf)
+    if lengths is not None:
+        allowed = allowed & (column < lengths.reshape(-1, 1, 1, 1))
+    return jnp.any(allowed, -1, keepdims=True)
+
+
+def _by_batch(mask, lead: tuple[int, ...]):
+    """A mask with four dimensions, all batches in one; or one for all."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (len(lead) + 3 - mask.ndim) + mask.shape)
+    first = lead if any(n != 1 for n in mask.shape[: len(lead)]) else mask.shape[: len(lead)]
+    return jnp.broadcast_to(mask, (*first, *mask.shape[-3:])).reshape(-1, *mask.shape[-3:])
 
 
 def _on(platform: str) -> None:

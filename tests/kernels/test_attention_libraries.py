@@ -90,6 +90,11 @@ CASES = {
     "a mask": {"mask": np.random.default_rng(1).random((2, 1, 33, 33)) < 0.7},
     "a bias": {"mask": np.random.default_rng(2).standard_normal((4, 33, 33)).astype(np.float32)},
     "lengths": {"kv_lengths": np.array([5, 33])},
+    "lengths in a window, and none": {"kv_lengths": np.array([0, 9]), "causal": True, "window": 4},
+    "rows that see nothing": {"mask": np.arange(33)[:, None] % 3 > np.zeros(33, int)},
+    "a bias that hides all": {
+        "mask": np.where(np.arange(33)[:, None] % 4 > 0, 0, -np.inf) + np.zeros((33, 33), np.float32)
+    },
 }
 
 
