@@ -49,6 +49,17 @@ _ACTIVATIONS: dict[str, tuple[Callable, ...]] = {
     ),
 }
 
+
+def _gelu_tanh_half_first(x):
+    """The same from left to right: what flows back is summed in another order."""
+    half = np.asarray(0.5, x.dtype) * x
+    inner = np.asarray(math.sqrt(2 / math.pi), x.dtype) * (x + np.asarray(0.044715, x.dtype) * x**3)
+    return half * (np.asarray(1, x.dtype) + jnp.tanh(inner))
+
+
+# Those that only their gradients tell from others.
+_DIFFERENTIATED: dict[str, tuple[Callable, ...]] = {"gelu_tanh": (_gelu_tanh_half_first,)}
+
 # Where numbers are wide: nowhere, in the activation alone, or from the product to the end.
 
 
@@ -154,6 +165,10 @@ for (_name, _spelled), _transposed in itertools.product(_ACTIVATIONS.items(), (F
         functools.partial(gated_kernel, **_attributes),
         [_rows, _weight, _weight],
         functools.partial(_supports, transposed=_transposed, products=2, given=()),
+        differentiated=[
+            tuple(_gated(form, a, _transposed) for form in _FORMS if not form.rounded)
+            for a in _DIFFERENTIATED.get(_name, ())
+        ],
         alike=f"gated_linear.{_name}",
     )
     for _given in ((), ("bias",), ("bias", "residual")):
@@ -166,5 +181,8 @@ for (_name, _spelled), _transposed in itertools.product(_ACTIVATIONS.items(), (F
             functools.partial(_layer, **_attributes, given=_given),
             [_rows, _weight, *(_further[name] for name in _given)],
             functools.partial(_supports, transposed=_transposed, products=1, given=_given),
+            differentiated=[
+                tuple(_linear(form, a, _transposed, _given) for form in _FORMS) for a in _DIFFERENTIATED.get(_name, ())
+            ],
             alike=f"linear.{_name}.{'.'.join(_given)}",
         )
