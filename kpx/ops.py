@@ -10,6 +10,7 @@ from kpx.kernels.group_norm import group_norm
 from kpx.kernels.grouped_matmul import grouped_matmul
 from kpx.kernels.linear import gated_linear, linear
 from kpx.kernels.linear_cross_entropy import linear_cross_entropy
+from kpx.kernels.mixture import mixture_of_experts
 from kpx.kernels.norm import layer_norm, rms_norm
 from kpx.kernels.paged_attention import paged_attention
 from kpx.kernels.rotary import rotary
@@ -17,5 +18,5 @@ from kpx.kernels.separable import separable_conv
 
 __all__ = [
     "attention", "gated_linear", "gelu", "group_norm", "grouped_matmul", "layer_norm", "linear",
-    "linear_cross_entropy", "paged_attention", "rms_norm", "rotary", "separable_conv",
+    "linear_cross_entropy", "mixture_of_experts", "paged_attention", "rms_norm", "rotary", "separable_conv",
 ]  # fmt: skip
