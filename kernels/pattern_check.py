@@ -101,6 +101,7 @@ def _cast(struct: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
 
 def _compare(pattern: Pattern, search: Callable, structs: Sequence[jax.ShapeDtypeStruct], rng: Any) -> list[str]:
     arrays = [_random(rng, s) for s in structs]
+    arrays = [np.abs(a) if place in pattern.positive else a for place, a in enumerate(arrays)]
     numbers = {name: value * float(rng.uniform(0.5, 2)) for name, value in pattern.numbers.items()}
     ours, theirs = (_all_results(functools.partial(f, **numbers), arrays) for f in (pattern.replace, search))
     candidate, competitor = ours(*arrays), theirs(*arrays)
@@ -125,7 +126,11 @@ def _all_results(function: Callable, arrays: Sequence[np.ndarray]) -> Callable:
 
     def total(*given):
         leaves = jax.tree.leaves(function(*given))
-        floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        floating = [
+            leaf if leaf.dtype.itemsize > 1 else leaf.astype(jnp.float32)  # f8 is promoted by nothing
+            for leaf in leaves
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
         return sum((jnp.sum(_weights(leaf) * leaf) for leaf in floating), jnp.zeros(())), leaves
 
     def results(*given):

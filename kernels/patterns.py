@@ -52,6 +52,7 @@ class Pattern:
         mask: the place of an array that hides scores, `[..., length, kv_length]`, or None. Where no input decides it,
             `replace` is told what it is by one keyword more, `visible` (see `kernels.visible`).
         with_gradient_alone: whether it is looked for with its gradient alone, since forward a compiler does as well.
+        positive: the places of arrays that are never negative (variances), which the check draws so.
         inference_alone: whether it is left alone in modules that are differentiated, unless it is asked for.
         shared: the places of two arrays of which parts may be repeated (keys and values, for heads that share them): forward,
             `replace` is given what is repeated.
@@ -82,6 +83,7 @@ class Pattern:
     platforms: tuple[str, ...] = ()
     mask: int | None = None
     inference_alone: bool = False
+    positive: tuple[int, ...] = ()
     shared: tuple[int, ...] = ()
 
     def spellings(self) -> Iterator[Callable]:
@@ -235,6 +237,7 @@ def builtin(
     platforms: tuple[str, ...] = (),
     mask: int | None = None,
     inference_alone: bool = False,
+    positive: tuple[int, ...] = (),
     shared: tuple[int, ...] = (),
     **numbers: float,
 ) -> Pattern:
@@ -264,6 +267,7 @@ def builtin(
             platforms=platforms,
             mask=mask,
             inference_alone=inference_alone,
+            positive=positive,
             shared=shared,
         )
     )

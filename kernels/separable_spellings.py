@@ -137,6 +137,7 @@ for (_layout, _name), _activation, (_stride, _same) in itertools.product(
         fixed_ranks=True,
         among=("convolution",),
         inference_alone=True,
+        positive=(4,) if _name == "norm" else (),
         alike=f"separable_conv.{_layout}.{_name}.{_activation}",
         **({"eps": 1e-5} if _name == "norm" else {}),
     )
