@@ -169,7 +169,6 @@ for (_name, _spelled), _transposed in itertools.product(_ACTIVATIONS.items(), (F
             tuple(_gated(form, a, _transposed) for form in _FORMS if not form.rounded)
             for a in _DIFFERENTIATED.get(_name, ())
         ],
-        alike=f"gated_linear.{_name}",
     )
     for _given in ((), ("bias",), ("bias", "residual")):
         if _name == "sigmoid":
@@ -184,5 +183,4 @@ for (_name, _spelled), _transposed in itertools.product(_ACTIVATIONS.items(), (F
             differentiated=[
                 tuple(_linear(form, a, _transposed, _given) for form in _FORMS) for a in _DIFFERENTIATED.get(_name, ())
             ],
-            alike=f"linear.{_name}.{'.'.join(_given)}",
         )

@@ -143,6 +143,18 @@ def test_a_layer_is_found_with_its_gradient(written):
     assert f"kpx.{kernel} and its gradient" in compiled.kernels
 
 
+def test_weights_of_pytorchs_layout_are_found_with_their_gradients():
+    def gated(x, g, u):
+        return jax.nn.silu(x @ g.T) * (x @ u.T)
+
+    def step(x, g, u):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(gated(*a).astype(jnp.float32))), (0, 1, 2))(x, g, u)
+
+    transposed = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)
+    compiled = kpx.compile(step, X, transposed, transposed, target="cuda:h100", config=NAMED)
+    assert compiled.fusions == {"kpx.gated_linear and its gradient": 1}
+
+
 @pytest.mark.parametrize(("target", "name"), [("cuda:b200", "gated_triton_cuda"), ("rocm:mi300x", "gated_triton_rocm")])
 def test_a_gated_layer_is_one_kernel_that_moves_half_as_much(target, name):
     x, w = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1024, 4096), jnp.bfloat16)
