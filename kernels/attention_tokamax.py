@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,28 +39,33 @@ def _library():
     return importlib.import_module("tokamax")
 
 
-def _supports(
-    platform: str,
-    query,
-    key,
-    value,
-    *arrays,
-    scale,
-    causal,
-    window=0,
-    softcap=0.0,
-    low=-math.inf,
-    given="mask",
-    visible="",
-):
+@dataclass(frozen=True)
+class Asked:
+    """What attention is asked for; `further` are the arrays beside queries, keys and values, and `bits` a mask of blocks."""
+
+    further: dict[str, Any]
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    low: float
+    bits: str
+
+
+def _asked(arrays, *, scale, causal, window=0, softcap=0.0, low=-math.inf, given="mask", visible="") -> Asked:
+    further, causal, window, bits = narrowed(named(arrays, given), causal, window, visible)
+    return Asked(further, float(scale), causal, window, float(softcap), float(low), bits)
+
+
+def _supports(platform: str, query, key, value, *arrays, **attributes) -> str | None:
     if (reason := unavailable(platform)) is not None:
         return reason
-    further, causal, window, bits = narrowed(named(arrays, given), causal, window, visible)
-    if (rest := further.keys() - {"mask", "kv_lengths"}) or bits:
+    asked = _asked(arrays, **attributes)
+    if (rest := asked.further.keys() - {"mask", "kv_lengths"}) or asked.bits:
         return f"it takes masks and lengths alone, not {', '.join(rest) or 'a mask of blocks'}"
-    if softcap and "mask" in further:
+    if asked.softcap and "mask" in asked.further:
         return "it caps scores after a mask is added, not before"
-    if low > -math.inf and "mask" in further:
+    if asked.low > -math.inf and "mask" in asked.further:
         return "what its masks hide has no score of its own"
     if len({query.dtype, key.dtype, value.dtype}) > 1:
         return f"it takes one dtype, not {query.dtype}, {key.dtype}, {value.dtype}"
@@ -67,25 +74,12 @@ def _supports(
     return None
 
 
-def _attend(
-    platform: str,
-    query,
-    key,
-    value,
-    *arrays,
-    scale,
-    causal,
-    window=0,
-    softcap=0.0,
-    low=-math.inf,
-    given="mask",
-    visible="",
-):
+def _attend(platform: str, query, key, value, *arrays, **attributes):
     tokamax = _library()
-    further, causal, window, _ = narrowed(named(arrays, given), causal, window, visible)
-    mask, lengths = _by_batch(further.get("mask"), query.shape[:-3]), further.get("kv_lengths")
+    asked = _asked(arrays, **attributes)
+    mask, lengths = _by_batch(asked.further.get("mask"), query.shape[:-3]), asked.further.get("kv_lengths")
     is_bias = mask is not None and mask.dtype != bool
-    seen = _seen(mask, lengths, (query.shape[-2], key.shape[-2]), causal, window) if further else None
+    seen = _seen(mask, lengths, (query.shape[-2], key.shape[-2]), asked.causal, asked.window) if asked.further else None
     if is_bias:
         mask = jnp.where(seen, mask, 0)  # else its gradient would be NaN
     turned = [jnp.swapaxes(a.reshape(-1, *a.shape[-3:]), 1, 2) for a in (query, key, value)]
@@ -93,10 +87,10 @@ def _attend(
         *turned,
         bias=mask if is_bias else None,
         mask=None if is_bias else mask,
-        scale=float(scale),
-        is_causal=causal,
-        local_window_size=(window - 1, window - 1) if window else None,
-        logits_soft_cap=softcap or None,
+        scale=asked.scale,
+        is_causal=asked.causal,
+        local_window_size=(asked.window - 1, asked.window - 1) if asked.window else None,
+        logits_soft_cap=asked.softcap or None,
         key_value_seq_lengths=None if lengths is None else lengths.reshape(-1),
         implementation=_FORMS[platform],
     )

@@ -199,7 +199,8 @@ def _ready(
         try:
             jax.block_until_ready(jitted(*arrays))
         except Exception as error:  # a kernel may be anyone's, and may want more memory than there is
-            refused[name] = f"it raised {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            said = (str(error).splitlines() or ["nothing more"])[0][:200]
+            refused[name] = f"it raised {type(error).__name__}: {said}"
             continue
         ready[name] = jitted
     return ready

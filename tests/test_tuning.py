@@ -41,6 +41,10 @@ def halve():
     def raising(x, *, times):
         raise RuntimeError("no such unit")
 
+    @halve.on("cpu", prefers=registry.where_measured)
+    def mute(x, *, times):
+        raise AssertionError
+
     @halve.on("cpu", supports=lambda x, times: None if x.shape[0] % 2 == 0 else "rows are odd")
     def preferred(x, *, times):
         return x * 0.5**times
@@ -59,6 +63,7 @@ def test_what_is_wrong_or_raises_is_refused_with_the_reason(halve, tmp_path):
     assert set(case.seconds) == {"xla", "good", "preferred"}
     assert "from a reference" in case.refused["wrong"]
     assert case.refused["raising"] == "it raised RuntimeError: no such unit"
+    assert case.refused["mute"] == "it raised AssertionError: nothing more"
     assert case.rules == "preferred"
 
 
