@@ -49,7 +49,7 @@ def attention_kernel(
     return out.reshape(*lead, heads, length, value.shape[-1]).astype(query.dtype)
 
 
-attention_kernel.preference = ("cudnn", "flash_cuda", "flash_rocm", "decode_cuda", "decode_rocm")
+attention_kernel.preference = ("onednn", "cudnn", "flash_cuda", "flash_rocm", "decode_cuda", "decode_rocm")
 attention_kernel.fixed = lambda attributes: tuple(
     3 + place for place, name in enumerate(attributes.get("given", "mask").split()) if name == "mask"
 )

@@ -7,17 +7,16 @@
 //   epilogue, which may be absent: 1 where an operand more is a vector to add to each row, 1 where the last
 //   operand is an array to add that lies as the result does, 1 where negative numbers then become 0.
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/c_api.h"
+#include "ffi.h"
 
 namespace {
+
+using kpx::Attribute;
+using kpx::Fail;
+using kpx::Span;
 
 using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
                        const int*, const float*, const int*, const float*, float*, const int*);
@@ -41,23 +40,6 @@ struct Operand {
   int64_t row(int64_t i) const { return transposed ? i : i * leading; }
   int64_t column(int64_t j) const { return transposed ? j * leading : j; }
 };
-
-struct Span {
-  const int64_t* data;
-  int64_t size;
-};
-
-Span Attribute(const XLA_FFI_Attrs& attrs, const char* name) {
-  for (int64_t i = 0; i < attrs.size; ++i) {
-    const XLA_FFI_ByteSpan* span = attrs.names[i];
-    if (attrs.types[i] == XLA_FFI_AttrType_ARRAY && span->len == std::strlen(name) &&
-        std::memcmp(span->ptr, name, span->len) == 0) {
-      auto* array = static_cast<XLA_FFI_Array*>(attrs.attrs[i]);
-      return {static_cast<const int64_t*>(array->data), static_cast<int64_t>(array->size)};
-    }
-  }
-  return {nullptr, 0};
-}
 
 inline uint32_t Bits(float x) {
   uint32_t bits;
@@ -84,8 +66,7 @@ inline void Split(float x, uint16_t* high, uint16_t* low) {
   *low = finite ? static_cast<uint16_t>((rest_bits + 0x7fffu + ((rest_bits >> 16) & 1u)) >> 16) : 0;
 }
 
-// One product, cut into tasks that threads take until none is left. Threads that come too late find nothing to do,
-// so nobody waits for a task that has not started, and the pool cannot deadlock.
+// One product, cut into tasks.
 struct Product {
   Kind kind;
   int64_t m, n, k;
@@ -96,15 +77,11 @@ struct Product {
   const float *bias = nullptr, *addend = nullptr;
   bool relu = false;
   int64_t row_blocks = 1, column_blocks = 1, units = 1, tasks = 1;
-  std::atomic<int64_t> next{0}, done{0}, references{1};
 
-  void RunTasks() {
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-      const int before = set_threads(1);
-      for (int64_t unit = task * units / tasks; unit < (task + 1) * units / tasks; ++unit) RunUnit(unit);
-      set_threads(before);
-      done.fetch_add(1, std::memory_order_release);
-    }
+  void RunTask(int64_t task) const {
+    const int before = set_threads(1);
+    for (int64_t unit = task * units / tasks; unit < (task + 1) * units / tasks; ++unit) RunUnit(unit);
+    set_threads(before);
   }
 
   void RunUnit(int64_t unit) const {
@@ -192,44 +169,7 @@ struct Product {
       Bf16(x_high, false, k, high + at, 1, to + j, rows, width);
     }
   }
-
-  void Release() {
-    if (references.fetch_sub(1) == 1) delete this;
-  }
 };
-
-void RunScheduled(void* data) {
-  auto* product = static_cast<Product*>(data);
-  product->RunTasks();
-  product->Release();
-}
-
-XLA_FFI_Error* Fail(const XLA_FFI_Api* api, const char* message) {
-  XLA_FFI_Error_Create_Args args{};
-  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
-  args.message = message;
-  args.errc = XLA_FFI_Error_Code_INVALID_ARGUMENT;
-  return api->XLA_FFI_Error_Create(&args);
-}
-
-// Whether a call of XLA's went well; its error is not kept.
-bool Succeeded(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
-  if (error == nullptr) return true;
-  XLA_FFI_Error_Destroy_Args args{};
-  args.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
-  args.error = error;
-  api->XLA_FFI_Error_Destroy(&args);
-  return false;
-}
-
-int64_t Threads(const XLA_FFI_CallFrame* frame) {
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args args{};
-  args.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE;
-  args.ctx = frame->ctx;
-  args.num_threads = &threads;
-  return Succeeded(frame->api, frame->api->XLA_FFI_ThreadPool_NumThreads(&args)) ? std::max<int64_t>(threads, 1) : 1;
-}
 
 // Cuts a product so that each thread has work: over the batch where that suffices, else over the longer side.
 void Divide(Product* p, int64_t threads) {
@@ -248,14 +188,7 @@ void Divide(Product* p, int64_t threads) {
 }
 
 XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
-  for (auto* extension = frame->extension_start; extension != nullptr; extension = extension->next) {
-    if (extension->type == XLA_FFI_Extension_Metadata) {
-      auto* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
-      metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-      metadata->api_version.minor_version = XLA_FFI_API_MINOR;
-      return nullptr;
-    }
-  }
+  if (kpx::AsksForVersion(frame)) return nullptr;
   const Span epilogue = Attribute(frame->attrs, "epilogue");
   const bool has_bias = epilogue.size == 3 && epilogue.data[0], has_addend = epilogue.size == 3 && epilogue.data[1];
   const int64_t arguments = (kind == Kind::kF32AsThreeBf16 ? 3 : 2) + has_bias + has_addend;
@@ -265,8 +198,8 @@ XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
       rhs.size != sizes.size - 1 || out.size != sizes.size - 2) {
     return Fail(frame->api, "kpx_matmul: operands or attributes are not those of a product; see kernels/mkl.cc");
   }
-  auto data = [&](int64_t i) { return static_cast<char*>(static_cast<XLA_FFI_Buffer*>(frame->args.args[i])->data); };
-  auto* p = new Product;
+  auto data = [&](int64_t i) { return static_cast<char*>(kpx::Argument(frame, i)->data); };
+  Product product, *p = &product;
   p->kind = kind;
   p->m = sizes.data[0];
   p->n = sizes.data[1];
@@ -281,22 +214,10 @@ XLA_FFI_Error* Run(XLA_FFI_CallFrame* frame, Kind kind) {
   if (has_bias) p->bias = reinterpret_cast<float*>(data(arguments - 1 - has_addend));
   if (has_addend) p->addend = reinterpret_cast<float*>(data(arguments - 1));
   p->relu = epilogue.size == 3 && epilogue.data[2];
-  p->c = static_cast<float*>(static_cast<XLA_FFI_Buffer*>(frame->rets.rets[0])->data);
-  Divide(p, Threads(frame));
-  for (int64_t i = 1; i < std::min<int64_t>(p->tasks, Threads(frame)); ++i) {
-    XLA_FFI_ThreadPool_Schedule_Args args{};
-    args.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE;
-    args.ctx = frame->ctx;
-    args.task = RunScheduled;
-    args.data = p;
-    p->references.fetch_add(1);
-    if (!Succeeded(frame->api, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) p->Release();
-  }
-  p->RunTasks();
-  for (int spins = 0; p->done.load(std::memory_order_acquire) < p->tasks; ++spins) {
-    if (spins > 4096) std::this_thread::yield();
-  }
-  p->Release();
+  p->c = static_cast<float*>(kpx::Result(frame, 0)->data);
+  const int64_t threads = kpx::Threads(frame);
+  Divide(p, threads);
+  kpx::Tasks::Run(frame, p->tasks, threads, [p](int64_t task) { p->RunTask(task); });
   return nullptr;
 }
 

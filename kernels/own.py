@@ -7,6 +7,7 @@ from kpx.kernels import (
     attention_cudnn,
     attention_decode,
     attention_gpu,
+    attention_onednn,
     attention_spellings,
     attention_tokamax,
     attention_tpu,

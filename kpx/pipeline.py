@@ -24,6 +24,7 @@ from kpx.passes import (
     layout,
     library,
     loops,
+    packed,
     precision,
     repeated,
 )
@@ -92,6 +93,18 @@ def choose_products(module: ir.Module, context: Context) -> None:
     rewriting([precision.bf16_dot_that_xla_refuses])(module, context)  # what no library took
 
 
+def pack(module: ir.Module, context: Context) -> None:
+    """A stage's body that has oneDNN compute products and convolutions by weights, and what follows them."""
+    if _has_onednn(module, context):
+        rewriting(packed.PRODUCTS)(module, context)
+        rewriting([packed.sum_into_packed])(module, context)  # an activation's root is not beside what changes here
+        rewriting([*packed.STEPS, *packed.ATTENTION])(module, context)
+
+
+def _has_onednn(module: ir.Module, context: Context) -> bool:
+    return "onednn" in context.features and m.partitions(module) == 1
+
+
 def decompose(module: ir.Module, context: Context) -> None:
     """A stage's body that turns the composites that no kernel takes into their decompositions."""
     if (device := _kernels_for(module, context)) is not None:
@@ -136,6 +149,8 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
     convolutions = any(isinstance(op, stablehlo.ConvolutionOp) for op in m.walk(module.operation))
     if convolutions and context.device.platform == "cpu":
         rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
+        if _has_onednn(module, context):
+            rewriting(packed.CONVOLUTIONS)(module, context)
         rewriting([*convolution.FORMS, *canonicalize.RULES], around=convolution.FORMS)(module, context)
     elif context.device.platform == "cpu":
         rewriting(canonicalize.RULES)(module, context)
@@ -162,6 +177,7 @@ def stages(context: Context) -> list[Stage]:
         Stage("canonicalize, lay out", canonicalize_and_lay_out),
         Stage("fuse", fuse),
         Stage("choose kernels", choose_kernels),
+        *([Stage("pack weights", pack)] if on_cpu else []),
         last,
         Stage("finish", mlir("cse,symbol-dce")),
     ]

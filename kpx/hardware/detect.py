@@ -11,7 +11,7 @@ import jax
 
 from kpx.hardware import chips, cpu, plugins
 from kpx.hardware.target import Target, cores, platform_of
-from kpx.kernels import mkl, registry
+from kpx.kernels import mkl, onednn, registry
 
 # What /proc/cpuinfo calls the instructions that compute with an element type.
 _CPU_DTYPES = {
@@ -74,6 +74,7 @@ def _described(platform: str, kind: str, devices: list[jax.Device]) -> Available
     if platform == "cpu":
         found = tuple(name for name, flags in _CPU_DTYPES.items() if flags & cpu.features())
         kernels += ("MKL's products",) if mkl.available() else ()
+        kernels += ("oneDNN's products and convolutions",) if onednn.available() else ()
         version = importlib.metadata.version("jaxlib")
         name = f"{cpu.model()}, {cores()} cores"
         return Available("cpu", "run", name, len(devices), cpu.memory_bytes(), ("f64", "f32", *found), kernels,

@@ -19,7 +19,7 @@ from kpx.hardware import chips, cpu, tpu, xpu
 from kpx.hardware.chips import Chip
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
-from kpx.kernels import mkl
+from kpx.kernels import mkl, onednn
 
 # JAX's names for the platforms that have a pipeline, and what installs each where its device is.
 _INSTALL = {
@@ -171,12 +171,12 @@ class Target:
     @property
     def features(self) -> frozenset[str]:
         """What the pipeline may count on: `bf16_tiles` (bf16 products run several times faster than f32 ones: a
-        CPU with AMX), `mkl` (MKL's products can be called)."""
+        CPU with AMX), `mkl` and `onednn` (their products can be called)."""
         if self.platform != "cpu":
             return frozenset()
         if self.isa is not None:
             return frozenset({"bf16_tiles"} if self.isa == "amx" else ())
-        found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available()}
+        found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available(), "onednn": onednn.available()}
         return frozenset(name for name, has in found.items() if has)
 
     def compiler_options(self, module: Any) -> dict[str, Any]:

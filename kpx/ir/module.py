@@ -373,8 +373,10 @@ def _splat_number(attribute: Any) -> bool | int | float | None:
 
 
 def integers(attribute: Any) -> list[int]:
-    """A dense i64 array attribute as a list."""
-    return list(ir.DenseI64ArrayAttr(attribute))
+    """A dense i64 array attribute, or 1-d elements, as a list."""
+    if isinstance(attribute, ir.DenseI64ArrayAttr):
+        return list(ir.DenseI64ArrayAttr(attribute))
+    return [int(n) for n in ir.DenseIntElementsAttr(attribute)]
 
 
 def dictionary(attribute: Any) -> dict[str, Any]:

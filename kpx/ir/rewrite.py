@@ -41,6 +41,7 @@ class Rewrite:
         apply: op -> None, or its replacement value(s).
         exact: results are equal bit for bit. Otherwise `bound` says how far they may be.
         bound: the error bound in words, where not exact.
+        lacks: what is missing on this machine for the rule to fire, or None.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Rewrite:
     exact: bool
     bound: str
     doc: str
+    lacks: Callable[[], str | None] = lambda: None
 
     def example(self, section: str) -> list[str]:
         """The docstring's StableHLO under `Before:`, `After:` or `Unchanged:`; several if repeated."""
@@ -67,12 +69,15 @@ class Rewrite:
 REWRITES: dict[str, Rewrite] = {}
 
 
-def rewrite(*ops: type, exact: bool, bound: str = "") -> Callable[[Callable], Rewrite]:
+def rewrite(
+    *ops: type, exact: bool, bound: str = "", lacks: Callable[[], str | None] = lambda: None
+) -> Callable[[Callable], Rewrite]:
     """Registers a rewrite over op classes.
 
     Args:
         exact: whether outputs stay equal bit for bit.
         bound: needed where not exact: how far outputs may move.
+        lacks: (where it needs more than the module) what is missing on this machine for it to fire, or None.
 
     Raises:
         KpxError: the name is taken, or an inexact rewrite states no bound.
@@ -83,7 +88,7 @@ def rewrite(*ops: type, exact: bool, bound: str = "") -> Callable[[Callable], Re
             raise KpxError(f"A rewrite named `{function.__name__}` exists. Choose another name.")
         if not exact and not bound:
             raise KpxError(f"The rewrite `{function.__name__}` is not exact: state its error `bound`.")
-        rule = Rewrite(function.__name__, ops, function, exact, bound, function.__doc__ or "")
+        rule = Rewrite(function.__name__, ops, function, exact, bound, function.__doc__ or "", lacks)
         REWRITES[rule.name] = rule
         return rule
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kpx.kernels import mkl
+from kpx.kernels import mkl, onednn
 
 # Package -> what it gives, and the extra that brings it ("" for what kpx itself needs).
 _PACKAGES = {
@@ -93,11 +93,14 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _products() -> str:
-    """Who computes matrix products on the CPU."""
+    """Who computes matrix products on the CPU: those by weights, and others."""
     if importlib.util.find_spec("torch") is not None:
         importlib.import_module("torch")  # MKL is used where PyTorch is loaded
-    lacking = mkl.missing()
-    return "MKL's" if lacking is None else f"XLA's own: {lacking}"
+    by_weights, others = (
+        name if (lacking := library.missing()) is None else f"XLA's own ({lacking})"
+        for name, library in (("oneDNN's", onednn), ("MKL's", mkl))
+    )
+    return f"by weights {by_weights}; others {others}"
 
 
 def show(console: Console, result: dict[str, Any]) -> None:

@@ -81,20 +81,26 @@ def convolution_channels_last(op):
     return m.transpose(y, [orders[2].index(d) for d in range(4)])
 
 
-def _plain(op) -> bool:
-    """Channels last, with neither dilation nor reversal nor batch groups."""
+def is_channels_last(op) -> bool:
+    """A 2-D convolution with channels last, its input not dilated, with neither reversal nor batch groups."""
     if m.rank(op.lhs) != 4 or _orders(_numbers(op)) != _NHWC or op.batch_group_count.value != 1:
         return False
-    dilations = [d for a in (op.lhs_dilation, op.rhs_dilation) if a is not None for d in integers(a)]
-    reversal = op.window_reversal
-    return all(d == 1 for d in dilations) and (reversal is None or not any(m.bools(reversal)))
+    dilated = op.lhs_dilation is not None and any(d != 1 for d in integers(op.lhs_dilation))
+    return not dilated and (op.window_reversal is None or not any(m.bools(op.window_reversal)))
 
 
-def _padding(op):
+def _plain(op) -> bool:
+    """Channels last, with neither dilation nor reversal nor batch groups."""
+    return is_channels_last(op) and (op.rhs_dilation is None or all(d == 1 for d in integers(op.rhs_dilation)))
+
+
+def padding(op) -> list[tuple[int, int]]:
+    """What a convolution pads its input by, before and after, by dimension."""
     return [(0, 0), (0, 0)] if op.padding is None else m.pairs(op.padding)
 
 
-def _strides(op):
+def strides(op) -> list[int]:
+    """By how much a convolution's windows move, by dimension."""
     return [1, 1] if op.window_strides is None else integers(op.window_strides)
 
 
@@ -127,10 +133,10 @@ def pointwise_convolution_is_dot(op):
     """
     if not _plain(op) or m.shape(op.rhs)[:2] != (1, 1) or op.feature_group_count.value != 1:
         return None
-    if any(p != (0, 0) for p in _padding(op)):
+    if any(p != (0, 0) for p in padding(op)):
         return None
     n, h, w, c = m.shape(op.lhs)
-    x = m.slice_(op.lhs, [0] * 4, [n, h, w, c], [1, *_strides(op), 1])
+    x = m.slice_(op.lhs, [0] * 4, [n, h, w, c], [1, *strides(op), 1])
     return _windows_by_kernel(x, op)
 
 
@@ -177,10 +183,10 @@ def patch_convolution_is_dot(op):
           return %0 : tensor<2x2x3x5xf32>
         }
     """
-    if not _plain(op) or op.feature_group_count.value != 1 or any(p != (0, 0) for p in _padding(op)):
+    if not _plain(op) or op.feature_group_count.value != 1 or any(p != (0, 0) for p in padding(op)):
         return None
     (n, h, w, c), (kernel_h, kernel_w, *_) = m.shape(op.lhs), m.shape(op.rhs)
-    if [kernel_h, kernel_w] != _strides(op) or kernel_h * kernel_w == 1 or h % kernel_h or w % kernel_w:
+    if [kernel_h, kernel_w] != strides(op) or kernel_h * kernel_w == 1 or h % kernel_h or w % kernel_w:
         return None
     by_patch = m.reshape(op.lhs, [n, h // kernel_h, kernel_h, w // kernel_w, kernel_w, c])
     return _windows_by_kernel(m.transpose(by_patch, [0, 1, 3, 2, 4, 5]), op)
@@ -279,9 +285,9 @@ def depthwise_convolution_as_shifts(op):
     if channels == 1 or given not in ("bf16", "f16", wide):
         return None
     wide = "f32" if wide in ("bf16", "f16") else wide
-    kind, (stride_h, stride_w) = m.tensor_type(op.result), _strides(op)
+    kind, (stride_h, stride_w) = m.tensor_type(op.result), strides(op)
     _, out_h, out_w, _ = kind.shape
-    x, taps = m.convert(_padded(op.lhs, _padding(op)), wide), m.convert(op.rhs, wide)
+    x, taps = m.convert(_padded(op.lhs, padding(op)), wide), m.convert(op.rhs, wide)
 
     def product(i, j):
         ends = [n, i + (out_h - 1) * stride_h + 1, j + (out_w - 1) * stride_w + 1, channels]

@@ -48,16 +48,16 @@ def _with_addend(value: Value) -> tuple[Any, Value | None, Value | None]:
     if call is not None:
         return call, bias, None
     for term, other in _sum(value):
-        if _in_memory(other) and (found := _with_bias(term))[0] is not None:
+        if in_memory(other) and (found := _with_bias(term))[0] is not None:
             return *found, other
     return None, None, None
 
 
-def _in_memory(value: Value) -> bool:
+def in_memory(value: Value) -> bool:
     """Whether a value is stored whatever uses it: it has other uses, or nothing could be fused with what makes it."""
     op = producer(value)
     if isinstance(op, stablehlo.ReshapeOp):
-        return _in_memory(op.operand)
+        return in_memory(op.operand)
     if op is None or isinstance(op, (stablehlo.CustomCallOp, stablehlo.ConvolutionOp, stablehlo.DotGeneralOp)):
         return True
     return not m.has_one_use(value) and not isinstance(op, (stablehlo.BroadcastInDimOp, stablehlo.ConstantOp))

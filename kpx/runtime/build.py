@@ -36,7 +36,8 @@ def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config
 
 def _context(target: Target, config: Config) -> Context:
     is_known = target.platform == "cpu" or target.spec is not None
-    device = Device(target.platform, target.device_kind, is_known, _selection(target, config))
+    kind = target.device_kind if target.isa is None else f"{target.device_kind}:{target.isa}"
+    device = Device(target.platform, kind, is_known, _selection(target, config))
     return Context(device, target.features, config, Fuel.from_environment())
 
 

@@ -74,7 +74,8 @@ def test_a_kernel_is_one_composite_in_the_module_and_its_choice_is_told():
     text = jax.jit(fn).lower(q, q, q).as_text()
     assert text.count('stablehlo.composite "kpx.attention"') == 1
     told = kpx.compile(fn, q, q, q).kernels["kpx.attention"]
-    assert told.startswith("decomposition (XLA); in_chunks: from 256 queries and 3 MiB of scores on")
+    assert told.startswith("decomposition (XLA); ")
+    assert "in_chunks: from 256 queries and 3 MiB of scores on" in told
 
 
 def test_a_row_that_sees_nothing_is_zero_and_its_gradient_is_finite():
