@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from kpx.bridges import registry
 from kpx.config import Config, resolve
 from kpx.errors import InputError, KpxError
 from kpx.hardware.target import Target
-from kpx.runtime.build import compile_lowered, lower_for, optimize_lowered
+from kpx.pipeline import Context
+from kpx.runtime import gate
+from kpx.runtime.build import compile_lowered, environment, lower_for, optimize_lowered
 from kpx.runtime.compiled import Compiled
 
 
@@ -146,21 +149,70 @@ class _Jit:
 
     def compile_for(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Compiles for arguments (arrays or structs) now, so that their first call does not."""
-        lowered, _ = self._lower(args, kwargs)
-        self._ready[_signature(args, kwargs)] = compile_lowered(lowered, self._target, self._config)
+        self._ready[_signature(args, kwargs)] = self._compile(args, kwargs)[0]
+
+    def _compile(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any, Context]:
+        """The executable for arguments, its module, and what was done to that."""
+        lowered, decision = self._decided(args, kwargs)
+        executable, context = self._finish(lowered, decision.config, decision.options)
+        decision.tell(context)
+        return executable, lowered.compiler_ir("stablehlo"), context
+
+    def _finish(self, lowered, config: Config, options: Mapping[str, str]) -> tuple[Any, Context]:
+        context = optimize_lowered(lowered, self._target, config)
+        return compile_lowered(lowered, self._target, config, options), context
+
+    def _measured(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The executable for the arguments of a call, which is run on them in several ways where none is known yet."""
+        lowered, decision = self._decided(args, kwargs)
+        if not decision.is_open:
+            return self._finish(lowered, decision.config, decision.options)[0]
+        dynamic, named = _dynamic(self._jitted, args, kwargs)
+
+        def way(lowered, config: Config, options: Mapping[str, str]) -> gate.Way:
+            start = time.perf_counter()
+            executable, context = self._finish(lowered, config, options)
+            taken = time.perf_counter() - start
+
+            def run():
+                given = jax.tree.map(_copied, (dynamic, named)) if self._donates else (dynamic, named)
+                return jax.tree.leaves(jax.block_until_ready(executable(*given[0], **given[1])))
+
+            return gate.Way(config, options, context, run, taken, executable)
+
+        def make(config: Config, options: Mapping[str, str]) -> gate.Way:
+            return way(self._plain(args, kwargs), config, options)
+
+        return decision.measured(way(lowered, self._config, {}), make)
+
+    def _decided(self, args: tuple, kwargs: dict[str, Any]) -> tuple[jax.stages.Lowered, gate.Decision]:
+        """The function lowered, not rewritten, and what is known of how it is run fastest."""
+        lowered = self._plain(args, kwargs)
+        module, target = lowered.compiler_ir("stablehlo"), self._target
+        return lowered, gate.Decision(module, target, self._config, environment(target))
 
     def retargeted(self, target: str | Target) -> _Jit:
         """The same function and options for another target."""
         return _Jit(self.__wrapped__, target, self._config, self._options)
 
+    @property
+    def _donates(self) -> bool:
+        return any(self._options.get(name) for name in ("donate_argnums", "donate_argnames"))
+
     def _lower(self, args, kwargs):
+        lowered, decision = self._decided(args, kwargs)
+        context = optimize_lowered(lowered, self._target, decision.config)
+        decision.tell(context)
+        return lowered, context
+
+    def _plain(self, args, kwargs) -> jax.stages.Lowered:
+        """The function lowered, as a module of its own."""
         _check_arguments(self._jitted, args, kwargs)
         # JAX keeps the module of a function that it lowered, and would hand the rewritten one to others:
         # a function of our own each time gets a module of our own.
         own = jax.jit(_renamed(self.__wrapped__), **self._options)
         with jax.default_device(self._target.device if self._explicit else None):
-            lowered = lower_for(self._target, own, *args, **kwargs)
-        return lowered, optimize_lowered(lowered, self._target, self._config)
+            return lower_for(self._target, own, *args, **kwargs)
 
     def _miss(self, *args, **kwargs):
         leaves = jax.tree.leaves((args, kwargs))
@@ -168,8 +220,7 @@ class _Jit:
             return self._jitted(*args, **kwargs), None
         Target.resolve(self._target)
         if (compiled := self._ready.get(_signature(args, kwargs))) is None:
-            lowered, _ = self._lower(args, kwargs)
-            compiled = compile_lowered(lowered, self._target, self._config)
+            compiled = self._measured(args, kwargs)
         dynamic, named = _dynamic(self._jitted, args, kwargs)
         outputs = compiled(*dynamic, **named)
         return outputs, compiled
@@ -187,6 +238,10 @@ def _signature(args: tuple, kwargs: dict[str, Any]) -> Any:
         for leaf in leaves
     )
     return tree, kinds, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+
+
+def _copied(leaf: Any) -> Any:
+    return jax.numpy.copy(leaf) if isinstance(leaf, jax.Array) else leaf
 
 
 def _renamed(fun: Callable) -> Callable:
@@ -268,9 +323,8 @@ def compile(
     else:
         jitted = jit(fun_or_model, target=target, config=config)
     specs, named_specs = jax.tree.map(_struct, (specs, named_specs))
-    lowered, context = jitted._lower(specs, named_specs)
-    executable = compile_lowered(lowered, jitted._target, config)
-    return Compiled(_checked(executable), executable, lowered.compiler_ir("stablehlo"), context, jitted._target)
+    executable, module, context = jitted._compile(specs, named_specs)
+    return Compiled(_checked(executable), executable, module, context, jitted._target)
 
 
 def optimized(fun_or_model: Any, *specs, target: str | Target) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from kpx.errors import ConfigError
 from kpx.kernels import registry
 
-LEVELS = ("none", "conservative", "balanced")
+LEVELS = ("none", "conservative", "balanced", "aggressive")
 MATMUL_PRECISIONS = ("highest", "high")
 
 
@@ -21,11 +21,13 @@ class Config:
 
     Every field can be overridden by a variable: `KPX_LEVEL`, `KPX_MATMUL_PRECISION`, `KPX_PREPARE`,
     `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_KERNELS` (as `kpx.attention=flash_cuda,kpx.norm=xla`),
-    `KPX_KERNEL_CACHE`, `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
+    `KPX_KERNEL_CACHE`, `KPX_MEASURE_SECONDS`, `KPX_CHOICES`, `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
 
     Attributes:
         level: `"none"`: no rewrites at all. `"conservative"`: only those that keep every bit.
-            `"balanced"`: also those that reorder additions or change layouts, within their bounds.
+            `"balanced"`: also those that reorder additions or change layouts, within their bounds. At a module's first
+            call, they are measured by groups, and what makes it slower is taken back; the choice is remembered.
+            `"aggressive"`: measures for up to a minute, the compiler's options too.
         matmul_precision: how f32 matrix products are computed, in PyTorch's and JAX's sense of the
             words. `"highest"`: in f32. `"high"`: each f32 factor as a sum of two bf16, which keeps
             about 16 of 24 bits and is faster where the CPU has bf16 units.
@@ -34,6 +36,9 @@ class Config:
         disable: names of rewrites to leave out.
         kernels: by fused op, the implementation to use: `{"kpx.attention": "flash_cuda"}`, or `"xla"` for none.
         kernel_cache: a file of measurements that `kpx.tune` made, or None: kernels are chosen by those, else by rules.
+        measure_seconds: how long a first call may measure, and no longer than three times as long as the module took to
+            compile. 0: nothing is measured.
+        choices: a file of what was measured elsewhere on such a machine, or None: this machine's own are used.
         cache_dir: where compiled executables persist (JAX's compilation cache), or None.
         compile_seconds: how long the compiler of a target that is not on this machine may take.
 
@@ -48,6 +53,8 @@ class Config:
     disable: tuple[str, ...] = ()
     kernels: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     kernel_cache: str | None = None
+    measure_seconds: float = 3.0
+    choices: str | None = None
     cache_dir: str | None = None
     compile_seconds: float = 1800.0
 
@@ -61,14 +68,24 @@ class Config:
             raise ConfigError(f"`disable={self.disable!r}` is not a tuple of rewrite names.")
         object.__setattr__(self, "disable", tuple(self.disable))
         object.__setattr__(self, "kernels", _names_of_kernels(self.kernels))
-        for name, what in (("cache_dir", "folder"), ("kernel_cache", "file")):
+        for name, what in (("cache_dir", "folder"), ("kernel_cache", "file"), ("choices", "file")):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, os.PathLike)):
                 raise ConfigError(f"`{name}={value!r}` is not a path. Use a {what}'s path, or None.")
-        if isinstance(self.compile_seconds, bool) or not isinstance(self.compile_seconds, (int, float)):
-            raise ConfigError(f"`compile_seconds={self.compile_seconds!r}` is not a number of seconds.")
+        for name in ("compile_seconds", "measure_seconds"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` is not a number of seconds.")
+        if not self.measure_seconds >= 0:
+            raise ConfigError(
+                f"`measure_seconds={self.measure_seconds!r}` is negative. Give seconds, or 0 to measure nothing."
+            )
         if not self.compile_seconds > 0:
             raise ConfigError(f"`compile_seconds={self.compile_seconds!r}` is not positive. Give seconds, as 600.")
+
+    @property
+    def may_be_inexact(self) -> bool:
+        """Whether rewrites and kernels may be used that do not keep every bit."""
+        return self.level in ("balanced", "aggressive")
 
     @classmethod
     def inference(cls, **changes) -> Config:
@@ -140,7 +157,7 @@ def _parsed(variable: str, given: str, name: str) -> Any:
         return tuple(n.strip() for n in given.split(",") if n.strip())
     if name == "kernels":
         return tuple(tuple(part.strip() for part in pair.split("=", 1)) for pair in given.split(",") if pair.strip())
-    if name == "compile_seconds":
+    if name in ("compile_seconds", "measure_seconds"):
         try:
             return float(given)
         except ValueError:

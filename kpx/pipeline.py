@@ -33,7 +33,11 @@ from kpx.passes.composites import Device
 
 @dataclass
 class Context:
-    """What stages know and tell: the target's device and features, the config, the fuel, and the report."""
+    """What stages know and tell: the target's device and features, the config, the fuel, and the report.
+
+    Attributes:
+        measured: what was measured of groups of rewrites and kernels, in words (see `kpx.runtime.gate`).
+    """
 
     device: Device
     features: frozenset[str]
@@ -43,6 +47,7 @@ class Context:
     kernels: dict[str, str] = field(default_factory=dict)
     fusions: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def rewriting(
         allowed = [
             r
             for r in rules
-            if r.name not in config.disable and (r.exact or config.level == "balanced") and config.level != "none"
+            if r.name not in config.disable and (r.exact or config.may_be_inexact) and config.level != "none"
         ]
         options = {"verify_each": config.verify_each, "callees": callees, "around": around}
         if allowed:
@@ -139,9 +144,7 @@ def _kernels_for(module: ir.Module, context: Context, *, spread: bool = False) -
     """The device whose kernels may be used, those that are spread over devices too or not; None where none may."""
     # A kernel is not the same to the last bit; and XLA cannot partition one, but would gather its operands.
     one = m.partitions(module) == 1
-    return (
-        context.device if context.config.level == "balanced" and context.device.is_known and (one or spread) else None
-    )
+    return context.device if context.config.may_be_inexact and context.device.is_known and (one or spread) else None
 
 
 def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:

@@ -15,10 +15,12 @@ jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 @pytest.fixture(autouse=True)
 def _no_kpx_variables(monkeypatch):
-    """Tests see the defaults, whatever the shell that runs them has set."""
+    """Tests see the defaults, whatever the shell that runs them has set; but nothing is measured unless a test says so:
+    what is fastest on a busy machine decides nothing here."""
     for name in list(os.environ):
         if name.startswith("KPX_") and name != "KPX_PLUGINS":
             monkeypatch.delenv(name)
+    monkeypatch.setenv("KPX_MEASURE_SECONDS", "0")
 
 
 def pytest_collection_modifyitems(items):

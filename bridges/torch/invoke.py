@@ -70,7 +70,17 @@ class TensorProgram:
             return [*results, *found.outputs()]
 
         structs = [struct(t) for t in self._ordered(inputs)] + [_KEY] * needs_key
-        self.model = ModelProgram(with_checks, [struct(t) for t in weights], structs, target, config, x64=True)
+        holds_numbers = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in inputs)
+        given = [t.detach() for t in self._ordered(inputs)] if target.is_present and holds_numbers else []
+
+        def example():
+            key = [np.zeros(_KEY.shape, _KEY.dtype)] * needs_key
+            return [*(to_array(canonical(t), self._device) for t in given), *key]
+
+        self.model = ModelProgram(
+            with_checks, [struct(t) for t in weights], structs, target, config, x64=True,
+            example=example if given else None,
+        )  # fmt: skip
         self._is_plain = not (needs_key or self._messages)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[jax.Array]:

@@ -52,6 +52,11 @@ class Rewrite:
     doc: str
     lacks: Callable[[], str | None] = lambda: None
 
+    @property
+    def family(self) -> str:
+        """The module that it is written in, by its last name: rules of one are measured together."""
+        return self.apply.__module__.rpartition(".")[2]
+
     def example(self, section: str) -> list[str]:
         """The docstring's StableHLO under `Before:`, `After:` or `Unchanged:`; several if repeated."""
         blocks, current = [], None

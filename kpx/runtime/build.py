@@ -6,7 +6,8 @@ import contextlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ from kpx.config import Config
 from kpx.errors import CompileError
 from kpx.hardware import cpu
 from kpx.hardware.target import Target, cores
+from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
-from kpx.ir.split import mark_weights, split
+from kpx.ir.split import Split, mark_weights, split
 from kpx.kernels.selection import RULES, Selection, read
 from kpx.passes.composites import Device
 from kpx.pipeline import Context, no_collections, optimize_module
+from kpx.runtime import gate
 from kpx.runtime.absent import AbsentExecutable, compile_absent
 from kpx.runtime.compiled import Compiled
 
@@ -65,9 +68,9 @@ def lower_for(target: Target, jitted: Any, *args, **kwargs) -> jax.stages.Lowere
 
 
 def compile_lowered(
-    lowered: jax.stages.Lowered, target: Target, config: Config
+    lowered: jax.stages.Lowered, target: Target, config: Config, options: Mapping[str, str] | None = None
 ) -> jax.stages.Compiled | AbsentExecutable:
-    """Compiles a lowered function for a target.
+    """Compiles a lowered function for a target, with the compiler's usual options and those given.
 
     Raises:
         CompileError: the target's compiler refused it; its words are in the error.
@@ -77,7 +80,8 @@ def compile_lowered(
         return compile_absent(lowered.compiler_ir("stablehlo"), target, config)
     _persist(config)
     try:
-        return lowered.compile(compiler_options=target.compiler_options(lowered.compiler_ir("stablehlo")))
+        usual = target.compiler_options(lowered.compiler_ir("stablehlo"))
+        return lowered.compile(compiler_options={**usual, **(options or {})})
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise CompileError(
             f"XLA could not compile the module for {target.platform}: {error}\n"
@@ -94,6 +98,22 @@ def _persist(config: Config) -> None:
     if jax.config.jax_compilation_cache_dir != folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@dataclass
+class _Built:
+    """A module, rewritten, cut in two and compiled."""
+
+    halves: Split
+    context: Context
+    prepare: Any
+    executable: Any
+    kept_weights: list[int]
+
+    def held(self, weights: Sequence[jax.Array]) -> list[jax.Array]:
+        """The arrays that a call reads beside its inputs: prepared ones, then weights as they are."""
+        prepared = [] if self.prepare is None else self.prepare(*(weights[i] for i in self.halves.prepare_weights))
+        return [*prepared, *(weights[i] for i in self.kept_weights)]
 
 
 class ModelProgram:
@@ -113,52 +133,101 @@ class ModelProgram:
         config: Config,
         *,
         x64: bool = False,
+        example: Callable[[], Sequence[jax.Array]] | None = None,
     ):
         """Compiles `function(weights, inputs) -> list` for arrays, or structs, like those given.
 
         Args:
             x64: trace with 64-bit dtypes on, whatever the process's setting.
+            example: gives inputs to measure with, when weights are loaded for the first time; without, nothing is measured.
 
         Raises:
             CompileError: the target's compiler refused the module.
         """
-        with jax.default_device(target.device), jax.enable_x64(x64 or jax.config.jax_enable_x64):
-            structs = [[_struct(a) for a in group] for group in (weights, inputs)]
-            lowered = lower_for(target, jax.jit(function, keep_unused=True), *structs)
+        self._target, self._config = target, config
+        self._structs = [[_struct(a) for a in group] for group in (weights, inputs)]
+        self._x64 = x64 or jax.config.jax_enable_x64
+        with self._tracing():
+            lowered = lower_for(target, jax.jit(function, keep_unused=True), *self._structs)
             module = lowered.compiler_ir("stablehlo")
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
-            context = _context(target, config)
-            optimize_module(module, context)
+            decision = gate.Decision(module, target, config, environment(target))
+            # What is measured, is made of the module as it was.
+            self._original = m.copy(module) if decision.is_open and example is not None else None
             start = time.perf_counter()
-            with no_collections():
-                halves = split(module)
-            context.seconds["prepare and run"] = time.perf_counter() - start
-            self.prepare_weights = halves.prepare_weights
-            # With nothing marked as a weight, everything is an input, in the order it came.
-            self.kept_weights = halves.kept_weights if config.prepare else list(range(len(weights)))
-            self._prepare = None
-            if halves.prepare is not None:
-                given = [structs[0][i] for i in self.prepare_weights]
-                prepare = jax.jit(call_module(halves.prepare)).lower(*given)
-                if target.is_present:
-                    self._prepare = compile_lowered(prepare, target, config)
-                prepared = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in jax.tree.leaves(prepare.out_info)]
-            else:
-                prepared = []
-            kept = (structs[0][i] for i in self.kept_weights)
-            run = lower_for(target, jax.jit(call_module(halves.run), keep_unused=True), *prepared, *kept, *structs[1])
-            self.executable = compile_lowered(run, target, config)
-        self._is_present = target.is_present
+            built = self._build(module, decision.config, decision.options)
+            self._seconds = time.perf_counter() - start
+        decision.tell(built.context)
+        self._decision, self._example = decision, example
+        self._use(built)
         self.held: list[jax.Array] = []
-        self.compiled = Compiled(self.run, self.executable, halves.run, context, target, prepare_module=halves.prepare)
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        with jax.default_device(self._target.device), jax.enable_x64(self._x64):
+            yield
+
+    def _build(self, module: Any, config: Config, options: Mapping[str, str]) -> _Built:
+        """Rewrites a module in place, cuts it in two and compiles it."""
+        target = self._target
+        context = _context(target, config)
+        optimize_module(module, context)
+        start = time.perf_counter()
+        with no_collections():
+            halves = split(module)
+        context.seconds["prepare and run"] = time.perf_counter() - start
+        # With nothing marked as a weight, everything is an input, in the order it came.
+        kept = halves.kept_weights if config.prepare else list(range(len(self._structs[0])))
+        executable, prepared = None, []
+        if halves.prepare is not None:
+            given = [self._structs[0][i] for i in halves.prepare_weights]
+            prepare = jax.jit(call_module(halves.prepare)).lower(*given)
+            if target.is_present:
+                executable = compile_lowered(prepare, target, config)
+            prepared = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in jax.tree.leaves(prepare.out_info)]
+        weights = (self._structs[0][i] for i in kept)
+        run = lower_for(
+            target, jax.jit(call_module(halves.run), keep_unused=True), *prepared, *weights, *self._structs[1]
+        )
+        return _Built(halves, context, executable, compile_lowered(run, target, config, options), kept)
+
+    def _use(self, built: _Built) -> None:
+        self._built = built
+        self.prepare_weights, self.executable = built.halves.prepare_weights, built.executable
+        self.compiled = Compiled(
+            self.run, built.executable, built.halves.run, built.context, self._target,
+            prepare_module=built.halves.prepare,
+        )  # fmt: skip
 
     def load(self, weights: Sequence[jax.Array]) -> None:
         """Prepares weights, and holds what a call needs of them; nothing for a target that is not here."""
-        if not self._is_present:
+        if not self._target.is_present:
             return
-        prepared = [] if self._prepare is None else self._prepare(*(weights[i] for i in self.prepare_weights))
-        self.held = [*prepared, *(weights[i] for i in self.kept_weights)]
+        if self._original is not None and self._example is not None:
+            self._measure(weights, self._example())
+        self._example = None
+        self.held = self._built.held(weights)
+
+    def _measure(self, weights: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> None:
+        """Compiles and runs the module in other ways, and goes on with the one that is fastest."""
+        original, self._original = self._original, None
+
+        def way(built: _Built, config: Config, options: Mapping[str, str], seconds: float) -> gate.Way:
+            held = built.held(weights)
+
+            def run():
+                return jax.block_until_ready(built.executable(*held, *inputs))
+
+            return gate.Way(config, options, built.context, run, seconds, built)
+
+        def make(config: Config, options: Mapping[str, str]) -> gate.Way:
+            start = time.perf_counter()
+            with self._tracing():
+                built = self._build(m.copy(original), config, options)
+            return way(built, config, options, time.perf_counter() - start)
+
+        self._use(self._decision.measured(way(self._built, self._config, {}, self._seconds), make))
 
     def run(self, *inputs: jax.Array) -> list[jax.Array]:
         """The outputs for inputs, with the weights loaded last.

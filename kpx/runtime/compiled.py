@@ -71,7 +71,7 @@ class Compiled:
         stablehlo: the module that runs at each call, as text, after every rewrite.
         prepare_stablehlo: the module that ran once over the weights, or None.
         rewrites: how often each rewrite was applied.
-        reverted: rewrites that were taken back, with the reason.
+        reverted: rewrites, and groups of them, that were taken back, with the reason.
         kernels: what each composite runs as.
         seconds: how long each stage of ours took.
     """
@@ -185,6 +185,11 @@ class Compiled:
     @property
     def reverted(self) -> dict[str, str]:
         return dict(self._context.report.reverted)
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """What the first call measured of groups of rewrites and of kernels, in words; empty where nothing was."""
+        return dict(self._context.measured)
 
     @property
     def fusions(self) -> dict[str, int]:
