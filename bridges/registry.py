@@ -17,7 +17,8 @@ def find(model: Any) -> ModuleType | None:
     """The bridge module that accepts a model, or None.
 
     A bridge has `accepts(model)`, `resolve_target(given, may_be_absent=False)`, `optimize(model, example_inputs,
-    example_kwargs, target, config)` and `compile(model, args, kwargs, target, config)`.
+    example_kwargs, target, config)` and `compile(model, args, kwargs, target, config)`; and, to be validated, `reference(model,
+    inputs)`.
     """
     outside = {e.name: e.value for e in entry_points(group="kpx.bridges")}
     for framework, path in (outside | _BRIDGES).items():

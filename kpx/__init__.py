@@ -31,6 +31,7 @@ from kpx.hardware.detect import targets
 from kpx.hardware.target import Target
 from kpx.observe.compare import compare
 from kpx.observe.explain import explain
+from kpx.observe.validate import bisect, validate
 from kpx.runtime.compiled import Compiled
 from kpx.tuning import tune
 
@@ -53,6 +54,7 @@ __all__ = [
     "Target",
     "TargetError",
     "UnsupportedError",
+    "bisect",
     "compare",
     "compile",
     "explain",
@@ -62,4 +64,5 @@ __all__ = [
     "optimize",
     "targets",
     "tune",
+    "validate",
 ]

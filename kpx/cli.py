@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
     else:
         show(output, result)
+    if isinstance(result, dict) and "ok" in result:
+        return int(not result["ok"])
     entries = result.get("targets", ()) if isinstance(result, dict) else result
     return int(any(entry.get("error") for entry in entries))
 
@@ -79,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--cache", required=True, metavar="FILE", help="what is kept, for Config(kernel_cache=FILE)")
     tuning.add_argument("--seconds", type=float, default=2.0, help="how long each is measured; 2 by default")
     tuning.add_argument("--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated")
+    for name, text in (
+        ("validate", "compare what kpx makes of a function with the function itself, and both with f64"),
+        ("bisect", "find the rewrite with which a function's results are wrong"),
+    ):
+        added = command(name, _validate, text)
+        added.add_argument("function", help="package.module:function")
+        added.add_argument(
+            "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
+        )
+        added.add_argument("--no-gradients", action="store_true", help="compare values alone")
     discover = command("discover", _discover, "what a function computes over and over that no fusion pattern takes")
     discover.add_argument("function", help="package.module:function")
     discover.add_argument(
@@ -171,6 +184,23 @@ def _tune(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable
     with progress.status("compiling") as status:
         found = tune(fun, *specs, cache=options.cache, seconds=options.seconds, progress=status.update)
     return found.to_dict(), lambda console, _: console.print(found, soft_wrap=True)
+
+
+def _validate(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import compiling
+    from kpx.observe.validate import bisect, validate
+
+    fun, specs = compiling.load(options.function, options.input)
+    with progress.status("comparing"):
+        if options.command == "validate":
+            found = validate(fun, None, *specs, gradients=not options.no_gradients)
+            return found.to_dict(), lambda console, _: console.print(found, soft_wrap=True)
+        found = bisect(fun, *specs)
+        if found is None and not options.no_gradients:
+            found = bisect(fun, *specs, gradients=True)
+    told = "Nothing is wrong, with all rewrites." if found is None else found
+    result = {"ok": found is None, "bisection": None if found is None else dataclasses.asdict(found)}
+    return result, lambda console, _: console.print(told, soft_wrap=True)
 
 
 def _discover(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:

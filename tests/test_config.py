@@ -15,7 +15,7 @@ def test_a_config_is_frozen():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"level": "max"}, "`level='max'` is not known. Use one of 'none', 'conservative', 'balanced'."),
+        ({"level": "max"}, "`level='max'` is not known. Use one of 'none', 'conservative', 'balanced', 'aggressive'."),
         ({"matmul_precision": "fp7"}, "`matmul_precision='fp7'` is not known. Use one of 'highest', 'high'."),
         ({"prepare": 1}, "`prepare=1` is not a bool"),
         ({"verify_each": "yes"}, "`verify_each='yes'` is not a bool"),

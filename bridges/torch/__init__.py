@@ -12,6 +12,7 @@ from kpx.bridges.torch.module import OptimizedModule, example
 from kpx.bridges.torch.padding import BucketedModule
 from kpx.bridges.torch.pure import functional
 from kpx.bridges.torch.registry import lowers
+from kpx.bridges.torch.validation import TorchReference
 from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import InputError
@@ -21,7 +22,7 @@ from kpx.runtime.compiled import Compiled
 
 __all__ = [
     "BucketedModule", "OptimizedModule", "accepts", "compile", "functional", "load", "lowers", "optimize",
-    "resolve_target",
+    "reference", "resolve_target",
 ]  # fmt: skip
 
 
@@ -38,6 +39,11 @@ def resolve_target(given: str | Target | None, *, may_be_absent: bool = False) -
     """
     compute_in_callers_thread()
     return Target.resolve("cpu" if given is None else given, may_be_absent=may_be_absent)
+
+
+def reference(model: torch.nn.Module, inputs: Sequence[Any]) -> TorchReference:
+    """A model and its inputs, for `kpx.validate`."""
+    return TorchReference(model, inputs)
 
 
 def load(path: str | os.PathLike) -> torch.nn.Module:

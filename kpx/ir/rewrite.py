@@ -19,10 +19,11 @@ built before the op. The docstring is the rewrite's test (tests/ir/test_rewrites
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,35 @@ def rewrite(
     return register
 
 
+@dataclass(frozen=True)
+class Burnt:
+    """A rewrite that the last unit of fuel was taken for.
+
+    Attributes:
+        name: the rewrite's, or the fusion pattern's.
+        op: the op that it replaced, as text.
+        where: the path in the model that the op came from.
+    """
+
+    name: str
+    op: str
+    where: str
+
+
+_NOTED: list[Burnt] | None = None  # of all threads: PyTorch's backward pass is compiled by another
+
+
+@contextlib.contextmanager
+def last_burnt() -> Iterator[list[Burnt]]:
+    """What the last unit of fuel was taken for, in each module that is compiled inside."""
+    global _NOTED
+    before, _NOTED = _NOTED, []
+    try:
+        yield _NOTED
+    finally:
+        _NOTED = before
+
+
 class Fuel:
     """How many rewrites may still be applied, so that a miscompile is bisected to one of them.
 
@@ -107,7 +137,7 @@ class Fuel:
     """
 
     def __init__(self, limit: int | None):
-        self.left = limit
+        self.limit = self.left = limit
 
     @classmethod
     def from_environment(cls) -> Fuel:
@@ -122,12 +152,15 @@ class Fuel:
             )
         return cls(int(given))
 
-    def burn(self) -> bool:
-        """Takes one unit; False where none is left."""
+    def burn(self, name: str = "", op: Any = None) -> bool:
+        """Takes one unit, for a rewrite of an op; False where none is left. The last one is noted (see `last_burnt`)."""
         if self.left is None:
             return True
         if self.left == 0:
             return False
+        if self.left == 1 and _NOTED is not None:
+            path = "" if op is None else m.source_path(op)
+            _NOTED.append(Burnt(name, "" if op is None else " ".join(str(op).split())[:300], path))
         self.left -= 1
         return True
 
@@ -259,7 +292,7 @@ class _Driver:
             for rule in rules:
                 if rule.name in self.report.reverted or (results := self._try(rule, op)) is None:
                     continue
-                if not self.fuel.burn():
+                if not self.fuel.burn(rule.name, op):
                     return False
                 break
             else:

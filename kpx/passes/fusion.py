@@ -88,7 +88,9 @@ def fuse(
             spread = None if shardings is None else spread_of(match.base, match.inputs, shardings)
             if touched & taken or (shardings is not None and spread is None):
                 continue
-            if not _may_be_used(match, device, report, spread, {} if chosen is None else chosen) or not fuel.burn():
+            if not _may_be_used(match, device, report, spread, {} if chosen is None else chosen):
+                continue
+            if not fuel.burn(match.pattern.name, match.ops[-1]):
                 continue
             inputs = [replaced.get(v, v) for v in match.inputs]
             if match.pattern.gradient_of is None and spread is None:

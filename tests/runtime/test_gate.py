@@ -14,11 +14,10 @@ import pytest
 import torch
 
 import kpx
-from kpx import pipeline
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
-from kpx.ir.rewrite import REWRITES, Rewrite
 from kpx.runtime import choices, gate
+from tests.planting import plant
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +25,6 @@ def _measuring(monkeypatch, tmp_path):
     monkeypatch.delenv("KPX_MEASURE_SECONDS")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gate, "budget", lambda config, seconds: 20.0)  # the machine may be busy
-
-
-def _plant(monkeypatch, apply):
-    """Has the last stage of every compilation apply one more rewrite, which is not exact, to sines."""
-    rule = Rewrite("planted", (stablehlo.SineOp,), apply, exact=False, bound="none", doc="Planted.")
-    monkeypatch.setitem(REWRITES, "planted", rule)
-    monkeypatch.setattr(
-        pipeline, "stages", lambda context, stages=pipeline.stages: [
-            *stages(context), pipeline.Stage("planted", pipeline.rewriting([rule]))]
-    )  # fmt: skip
 
 
 def _slow(op):
@@ -63,7 +52,7 @@ def _function():
 
 
 def test_a_planted_slow_rewrite_is_taken_back_and_told(monkeypatch):
-    _plant(monkeypatch, _slow)
+    plant(monkeypatch, _slow)
     fn = _function()
     np.testing.assert_allclose(fn(X), np.tanh(np.sin(X)) @ X.T, rtol=1e-4, atol=1e-3)
     compiled = kpx.compile(_function(), X)
@@ -72,7 +61,7 @@ def test_a_planted_slow_rewrite_is_taken_back_and_told(monkeypatch):
 
 
 def test_a_planted_wrong_rewrite_is_taken_back_with_a_warning(monkeypatch):
-    _plant(monkeypatch, _wrong)
+    plant(monkeypatch, _wrong)
     with pytest.warns(kpx.errors.RewriteWarning, match="test_gate.*wrong"):
         got = _function()(X)
     np.testing.assert_allclose(got, np.tanh(np.sin(X)) @ X.T, rtol=1e-4, atol=1e-3)
@@ -81,7 +70,7 @@ def test_a_planted_wrong_rewrite_is_taken_back_with_a_warning(monkeypatch):
 
 
 def test_a_planted_wrong_rewrite_of_a_pytorch_model_is_taken_back(monkeypatch):
-    _plant(monkeypatch, _wrong)
+    plant(monkeypatch, _wrong)
 
     class Sine(torch.nn.Module):
         def forward(self, x):
@@ -94,7 +83,7 @@ def test_a_planted_wrong_rewrite_of_a_pytorch_model_is_taken_back(monkeypatch):
 
 
 def test_a_rewrite_that_raises_is_left_out(monkeypatch):
-    _plant(monkeypatch, _raising)
+    plant(monkeypatch, _raising)
     with pytest.warns(kpx.errors.RewriteWarning, match="planted.*raised"):
         np.testing.assert_allclose(_function()(X), np.tanh(np.sin(X)) @ X.T, rtol=1e-4, atol=1e-3)
 
@@ -115,7 +104,7 @@ def _memory() -> dict:
 
 
 def test_a_choice_is_remembered_and_nothing_is_measured_again(monkeypatch):
-    _plant(monkeypatch, _slow)
+    plant(monkeypatch, _slow)
     _function()(X)
     assert len(_memory()["choices"]) == 1
     monkeypatch.setattr(gate, "choose", lambda *a: pytest.fail("measured again"))
@@ -123,8 +112,8 @@ def test_a_choice_is_remembered_and_nothing_is_measured_again(monkeypatch):
 
 
 def test_another_configs_or_another_modules_choice_is_not_used():
-    _plant_nothing = kpx.jit(lambda x: jnp.sum(x, 0) / 3 + jnp.mean(x, 0))
-    _plant_nothing(X)
+    plain = kpx.jit(lambda x: jnp.sum(x, 0) / 3 + jnp.mean(x, 0))
+    plain(X)
     count = len(_memory()["choices"])
     kpx.jit(lambda x: jnp.sum(x, 0) / 4 + jnp.mean(x, 0))(X)
     assert len(_memory()["choices"]) == count + 1
@@ -183,7 +172,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_everything_runs(monkeypatch
 
 
 def test_a_shipped_file_is_used_and_another_machines_is_not(monkeypatch, tmp_path):
-    _plant(monkeypatch, _slow)
+    plant(monkeypatch, _slow)
     _function()(X)
     (file,) = choices.folder().glob("*.json")
     shipped = tmp_path / "shipped.json"
