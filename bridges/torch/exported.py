@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,30 @@ class Results(NamedTuple):
     outputs: list[Any]
     state: list[Any]
     changed_inputs: list[Any]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What an exported function takes and gives, without the function (see `ExportedFunction`)."""
+
+    weights: list[str]
+    state: list[str]
+    changed: list[int]
+    outputs: list[Any]
+    is_random: bool
+
+    @classmethod
+    def of(cls, function: ExportedFunction) -> Signature:
+        """A function's."""
+        return cls(function.weights, function.state, function.changed, function.outputs, function.is_random)
+
+    def __reduce__(self):
+        outputs = [("tensor", None) if o is TENSOR else ("constant", o) for o in self.outputs]
+        return _signature, (self.weights, self.state, self.changed, outputs, self.is_random)
+
+
+def _signature(weights, state, changed, outputs, is_random) -> Signature:
+    return Signature(weights, state, changed, [TENSOR if k == "tensor" else o for k, o in outputs], is_random)
 
 
 class ExportedFunction:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
-from kpx.bridges.torch.exported import TENSOR, ExportedFunction
+from kpx.bridges.torch.exported import TENSOR, ExportedFunction, Signature
 from kpx.bridges.torch.tensors import LiveWeights, canonical, dense_order, to_array, to_tensor
 from kpx.config import Config
 from kpx.hardware.target import Target
@@ -46,8 +47,9 @@ class TensorProgram:
         needs_key: bool,
         target: Target,
         config: Config,
+        saved: Mapping[str, Any] | None = None,
     ):
-        """Compiles for weights and inputs like those given.
+        """Compiles for weights and inputs like those given; what `saved` gave is taken as it is.
 
         Raises:
             UnsupportedError: a rule does not take this case.
@@ -79,9 +81,15 @@ class TensorProgram:
 
         self.model = ModelProgram(
             with_checks, [struct(t) for t in weights], structs, target, config, x64=True,
-            example=example if given else None,
+            example=example if given else None, saved=None if saved is None else saved["model"],
         )  # fmt: skip
+        if saved is not None:
+            self._messages = list(saved["messages"])
         self._is_plain = not (needs_key or self._messages)
+
+    def saved(self) -> dict[str, Any]:
+        """What makes the same program in another process."""
+        return {"model": self.model.saved(), "messages": self._messages}
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[jax.Array]:
         """The results for tensors that carry no gradient.
@@ -117,12 +125,13 @@ class Invocation:
 
     def __init__(
         self,
-        function: ExportedFunction,
+        function: ExportedFunction | Signature,
         weights: Sequence[torch.Tensor],
         state: LiveWeights,
         inputs: Sequence[torch.Tensor],
         target: Target,
         config: Config,
+        saved: Mapping[str, Any] | None = None,
     ):
         """Compiles for weights and inputs like those given (see `TensorProgram`)."""
         self._state = state
@@ -131,14 +140,16 @@ class Invocation:
         count = len(inputs)
 
         def flat(weights, arrays, key):
+            assert isinstance(function, ExportedFunction)  # a signature comes with the program that was saved
             results = function(weights, arrays[count:], arrays[:count], key)
             outputs = [r for r, p in zip(results.outputs, function.outputs, strict=True) if p is TENSOR]
             return [*outputs, *results.state, *results.changed_inputs]
 
         given = [*inputs, *state.tensors()]
-        self._call = TensorProgram(flat, weights, given, function.is_random, target, config)
+        self._call = TensorProgram(flat, weights, given, function.is_random, target, config, saved)
         self._outputs = function.outputs.count(TENSOR)
         self.program = self._call.model
+        self.saved = self._call.saved
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The output tensors; what the model writes has been written.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +17,16 @@ from torch.utils import _pytree as pytree
 
 from kpx.bridges.torch.capture import capture
 from kpx.bridges.torch.dtypes import to_torch
-from kpx.bridges.torch.exported import TENSOR, ExportedFunction, takes
+from kpx.bridges.torch.exported import TENSOR, ExportedFunction, Signature, takes
+from kpx.bridges.torch.fingerprint import fingerprint
 from kpx.bridges.torch.invoke import Invocation
 from kpx.bridges.torch.shapes import ShapeHistory
-from kpx.bridges.torch.tensors import LiveWeights, plain
+from kpx.bridges.torch.tensors import LiveWeights, dense_order, plain
 from kpx.config import Config
-from kpx.errors import InputError
+from kpx.errors import InputError, KernelCacheWarning, KpxError
 from kpx.hardware.target import Target
+from kpx.runtime import programs
+from kpx.runtime.build import environment
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.memory import give_back_freed
 
@@ -195,21 +201,58 @@ class OptimizedModule(torch.nn.Module):
         self._captured.append((structure, program))
         return program
 
-    def _compile(self, args: Sequence, kwargs: Mapping[str, Any]) -> _Entry:
+    def _compile(self, args: Sequence, kwargs: Mapping[str, Any], key: Any) -> _Entry:
         clean_args, clean_kwargs = pytree.tree_map_only(torch.Tensor, plain, (tuple(args), dict(kwargs)))
         leaves, _ = pytree.tree_flatten((clean_args, clean_kwargs))
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in positions]
+        word = self._fingerprint(key, tensors)
+        if word is not None and (found := self._restored(word, tensors, positions)) is not None:
+            return found
         program = self._capture(clean_args, clean_kwargs, tensors)
-        function = ExportedFunction(program)
-        weights = LiveWeights(self._model, function.weights, dict(program.constants))
+        function, spec, constants = ExportedFunction(program), program.call_spec.out_spec, dict(program.constants)
+        entry = self._made(function, tensors, positions, spec, constants, None)
+        if word is not None:
+            kept = {"signature": Signature.of(function), "spec": spec, "constants": constants}
+            programs.save(self._config.cache_dir, word, {**kept, "program": entry.invocation.saved()})
+        return entry
+
+    def _made(self, function, tensors, positions, spec, constants, saved) -> _Entry:
+        """A compiled signature, of an exported function or of what was saved of one."""
+        weights = LiveWeights(self._model, function.weights, constants)
         state = LiveWeights(self._model, function.state, {})
-        invocation = Invocation(function, weights.tensors(), state, tensors, self._target, self._config)
+        invocation = Invocation(function, weights.tensors(), state, tensors, self._target, self._config, saved)
         kinds = [(t.shape, t.dtype) for t in weights.tensors()]
-        spec = program.call_spec.out_spec
         entry = _Entry(invocation, weights, kinds, positions, function.outputs, spec, self._target.device)
         entry.load()
         return entry
+
+    def _fingerprint(self, key: Any, tensors: Sequence[torch.Tensor]) -> str | None:
+        """The word that a program of this signature is kept under; None where none is kept."""
+        config, target = self._config, self._target
+        if config.cache_dir is None or self._dynamic_shapes is not None or not target.is_present:
+            return None
+        if os.environ.get("KPX_FUEL"):  # a part of the rewrites makes another program
+            return None
+        made = environment(target) | {"target": target.text, "features": repr(sorted(target.features))}
+        kept = dataclasses.replace(config, cache_dir=None, compile_seconds=1.0)
+        orders = [(dense_order(t), t.stride()) for t in tensors]
+        for file in (config.kernel_cache, config.choices):  # what they say, too
+            made[f"file {file}"] = str(os.path.exists(file) and os.stat(file).st_mtime_ns) if file else ""
+        return fingerprint(self._model, (key, orders), made, kept)
+
+    def _restored(self, word: str, tensors: list[torch.Tensor], positions: list[int]) -> _Entry | None:
+        """A signature that another process compiled, or None."""
+        kept = programs.load(self._config.cache_dir, word)
+        if kept is None:
+            return None
+        try:
+            parts = kept["signature"], tensors, positions, kept["spec"], kept["constants"], kept["program"]
+            return self._made(*parts)
+        except (KeyError, TypeError, AttributeError, ValueError, KpxError) as error:
+            told = f"A program in `{self._config.cache_dir}` was not used: {type(error).__name__}: {error}."
+            warnings.warn(f"{told} The model is compiled anew.", KernelCacheWarning, stacklevel=2)
+            return None
 
     def _entry(self, args: Sequence, kwargs: Mapping[str, Any], key: Any) -> _Entry:
         entry = self._entries.get(key)
@@ -226,7 +269,7 @@ class OptimizedModule(torch.nn.Module):
                 )
             leaves = pytree.tree_leaves((args, kwargs))
             self._shapes.note([leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)])
-            entry = self._compile(args, kwargs)
+            entry = self._compile(args, kwargs, key)
             self._entries[key] = entry
             give_back_freed()
             return entry

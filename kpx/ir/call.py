@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,10 +72,8 @@ def call_module(module: ir.Module) -> Callable:
         InputError: (from the function) the arguments' shapes or dtypes are not the module's.
     """
     inputs, outputs = signature(module)
-    stream = io.BytesIO()
-    module.operation.write_bytecode(stream)
     held = _Module(
-        stream.getvalue(),
+        m.bytecode(module),
         tuple(jax.core.ShapedArray(s.shape, s.dtype) for s in inputs),
         tuple(jax.core.ShapedArray(s.shape, s.dtype) for s in outputs),
     )

@@ -6,6 +6,7 @@ the process, so whoever holds an op holds its module.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,13 @@ def load(contents: bytes) -> ir.Module:
             return stablehlo.deserialize_portable_artifact(context, contents)
     except (ir.MLIRError, RuntimeError, ValueError):
         return parse(contents, context)
+
+
+def bytecode(module: ir.Module) -> bytes:
+    """A module as bytes that `load` reads."""
+    stream = io.BytesIO()
+    module.operation.write_bytecode(stream)
+    return stream.getvalue()
 
 
 def text(module: ir.Module, *, large_constants: bool = False) -> str:

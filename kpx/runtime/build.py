@@ -109,6 +109,7 @@ class _Built:
     prepare: Any
     executable: Any
     kept_weights: list[int]
+    options: dict[str, str]
 
     def held(self, weights: Sequence[jax.Array]) -> list[jax.Array]:
         """The arrays that a call reads beside its inputs: prepared ones, then weights as they are."""
@@ -134,12 +135,14 @@ class ModelProgram:
         *,
         x64: bool = False,
         example: Callable[[], Sequence[jax.Array]] | None = None,
+        saved: Mapping[str, Any] | None = None,
     ):
         """Compiles `function(weights, inputs) -> list` for arrays, or structs, like those given.
 
         Args:
             x64: trace with 64-bit dtypes on, whatever the process's setting.
             example: gives inputs to measure with, when weights are loaded for the first time; without, nothing is measured.
+            saved: what `saved` gave, for the same function: it is not traced or rewritten again.
 
         Raises:
             CompileError: the target's compiler refused the module.
@@ -147,6 +150,12 @@ class ModelProgram:
         self._target, self._config = target, config
         self._structs = [[_struct(a) for a in group] for group in (weights, inputs)]
         self._x64 = x64 or jax.config.jax_enable_x64
+        self._original, self._example = None, None
+        self.held: list[jax.Array] = []
+        if saved is not None:
+            with self._tracing():
+                self._use(self._restored(saved))
+            return
         with self._tracing():
             lowered = lower_for(target, jax.jit(function, keep_unused=True), *self._structs)
             module = lowered.compiler_ir("stablehlo")
@@ -161,7 +170,6 @@ class ModelProgram:
         decision.tell(built.context)
         self._decision, self._example = decision, example
         self._use(built)
-        self.held: list[jax.Array] = []
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -179,6 +187,11 @@ class ModelProgram:
         context.seconds["prepare and run"] = time.perf_counter() - start
         # With nothing marked as a weight, everything is an input, in the order it came.
         kept = halves.kept_weights if config.prepare else list(range(len(self._structs[0])))
+        return self._compiled(halves, context, kept, options)
+
+    def _compiled(self, halves: Split, context: Context, kept: list[int], options: Mapping[str, str]) -> _Built:
+        """The halves of a module, compiled."""
+        target, config = self._target, self._config
         executable, prepared = None, []
         if halves.prepare is not None:
             given = [self._structs[0][i] for i in halves.prepare_weights]
@@ -190,7 +203,26 @@ class ModelProgram:
         run = lower_for(
             target, jax.jit(call_module(halves.run), keep_unused=True), *prepared, *weights, *self._structs[1]
         )
-        return _Built(halves, context, executable, compile_lowered(run, target, config, options), kept)
+        return _Built(halves, context, executable, compile_lowered(run, target, config, options), kept, dict(options))
+
+    def saved(self) -> dict[str, Any]:
+        """What another process needs to go on without tracing and rewriting the function: plain data."""
+        built, context = self._built, self._built.context
+        halves = {name: None if half is None else m.bytecode(half)
+                  for name, half in (("prepare", built.halves.prepare), ("run", built.halves.run))}  # fmt: skip
+        split_at = (built.halves.prepare_weights, built.halves.kept_weights, built.halves.inputs)
+        told = {name: dict(getattr(context, name)) for name in ("kernels", "fusions", "measured")}
+        report = {"counts": dict(context.report.counts), "reverted": dict(context.report.reverted)}
+        return {**halves, "at": split_at, "kept": built.kept_weights, "options": built.options, **told, **report}
+
+    def _restored(self, saved: Mapping[str, Any]) -> _Built:
+        context = _context(self._target, self._config)
+        context.report.counts.update(saved["counts"])
+        context.report.reverted.update(saved["reverted"])
+        for name in ("kernels", "fusions", "measured"):
+            getattr(context, name).update(saved[name])
+        prepare, run = (None if saved[name] is None else m.load(saved[name]) for name in ("prepare", "run"))
+        return self._compiled(Split(prepare, run, *saved["at"]), context, saved["kept"], saved["options"])
 
     def _use(self, built: _Built) -> None:
         self._built = built
@@ -206,7 +238,7 @@ class ModelProgram:
             return
         if self._original is not None and self._example is not None:
             self._measure(weights, self._example())
-        self._example = None
+        self._original, self._example = None, None
         self.held = self._built.held(weights)
 
     def _measure(self, weights: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> None:
