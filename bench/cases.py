@@ -84,6 +84,34 @@ def _llama(small):
     return LlamaForCausalLM(config), {"input_ids": _ids(config.vocab_size, 1, 32 if small else 512)}
 
 
+class Decoding(torch.nn.Module):
+    """A step of decoding: one token, and the keys and values of those before it.
+
+    Inputs: ids `[batch, 1]`; keys and values `[layers, batch, kv_heads, length, size]`. Output: logits `[batch, 1, vocab]`.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, keys, values):
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(keys.shape[0]):
+            cache.update(keys[layer], values[layer], layer)
+        return self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+
+
+def _llama_decode(small):
+    model, _ = _llama(small)
+    config = model.config
+    heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, 1, heads, 15 if small else 511, size)
+    past = {"keys": torch.randn(shape), "values": torch.randn(shape)}
+    return Decoding(model), {"input_ids": _ids(config.vocab_size, 1, 1), **past}
+
+
 def _vit(small):
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -139,6 +167,7 @@ CASES: dict[str, Case] = {
         Case("bert", "8 x 128", _bert),
         Case("gpt2", "1 x 512", _gpt2),
         Case("llama", "1 x 512", _llama),
+        Case("llama-decode", "1 token after 511", _llama_decode),
         Case("vit", "4 x 3 x 224 x 224", _vit),
         Case("resnet50", "4 x 3 x 224 x 224", _resnet),
         Case("convnext", "4 x 3 x 224 x 224", _convnext),

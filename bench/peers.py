@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 import kpx
@@ -42,6 +43,17 @@ def optimized(model: torch.nn.Module, inputs: dict[str, Any], **config) -> Call:
 
 def plain_xla(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     """jax.jit of the function that the bridge makes of the model: no rewrite, nothing prepared, JAX's defaults."""
+    jitted, weights, arrays = _jitted(model, inputs)
+
+    def call():
+        with jax.enable_x64(True):
+            return jax.block_until_ready(jitted(weights, arrays))
+
+    return call
+
+
+def _jitted(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[jax.Array], list[jax.Array]]:
+    """The function that the bridge makes of a model, jitted and not lowered, its weights, and the inputs."""
     from kpx.bridges.torch.capture import capture
     from kpx.bridges.torch.exported import ExportedFunction
     from kpx.bridges.torch.tensors import LiveWeights, to_array
@@ -51,11 +63,33 @@ def plain_xla(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     function = ExportedFunction(program)
     weights = LiveWeights(model, function.weights, dict(program.constants)).read(device, ())
     arrays = [to_array(t, device) for t in inputs.values()]
-    jitted = jax.jit(lambda w, a: [r for r in function(w, [], a).outputs if isinstance(r, jax.Array)])
+    jitted = jax.jit(
+        lambda w, a: [r for r in function(w, [], a).outputs if isinstance(r, jax.Array)], keep_unused=True
+    )
+    return jitted, weights, arrays
+
+
+def iree(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
+    """IREE's compiler for this CPU, over the same StableHLO as plain jax.jit's, the weights as arguments."""
+    import iree.compiler
+    import iree.runtime as rt
+    jitted, weights, arrays = _jitted(model, inputs)
+    with jax.enable_x64(True):
+        text = str(jitted.lower(weights, arrays).compiler_ir("stablehlo"))
+    text = "\n".join(line for line in text.splitlines() if "sdy.mesh" not in line)  # of no devices; IREE has no Shardy
+    options = ["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3"]
+    compiled = iree.compiler.compile_str(
+        text, input_type="stablehlo", target_backends=["llvm-cpu"], extra_args=options
+    )
+    config = rt.Config("local-task")
+    context = rt.SystemContext(config=config)
+    context.add_vm_module(rt.VmModule.copy_buffer(context.instance, compiled))
+    main = next(m for name, m in context.modules.items() if name.startswith("jit"))["main"]
+    given = [rt.asdevicearray(config.device, np.asarray(a)) for a in (*weights, *arrays)]
 
     def call():
-        with jax.enable_x64(True):
-            return jax.block_until_ready(jitted(weights, arrays))
+        results = main(*given)
+        return [r.to_host() for r in (results if isinstance(results, (tuple, list)) else [results])]
 
     return call
 
@@ -112,6 +146,7 @@ PEERS: dict[str, Callable[[torch.nn.Module, dict[str, Any]], Call]] = {
     "torch.compile": compiled_by_torch,
     "ONNX Runtime": onnx_runtime,
     "OpenVINO": openvino,
+    "IREE": iree,
     "plain jax.jit": plain_xla,
     "kpx": optimized,
 }

@@ -116,6 +116,8 @@ def _flops(op: Any, kind: str) -> float:
         return float(told.value) if told is not None else 0.0
     if isinstance(op, stablehlo.CustomCallOp) and op.call_target_name.value.startswith("kpx_matmul"):
         return 2.0 * math.prod(m.integers(m.dictionary(op.backend_config)["sizes"]))
+    if isinstance(op, stablehlo.CustomCallOp) and (found := _onednn_flops(op)) is not None:
+        return found
     if isinstance(op, stablehlo.ConvolutionOp):
         numbers = stablehlo.ConvDimensionNumbers(op.dimension_numbers)
         outputs = m.shape(op.rhs)[numbers.kernel_output_feature_dimension]
@@ -130,6 +132,26 @@ def _flops(op: Any, kind: str) -> float:
     if kind in _MOVES or not len(op.results):
         return 0.0
     return float(m.size(op.results[0])) if isinstance(op.results[0].type, ir.RankedTensorType) else 0.0
+
+
+def _onednn_flops(op: Any) -> float | None:
+    """The operations of a call of oneDNN's products, by the attributes that kernels/onednn.cc describes."""
+    target = op.call_target_name.value
+    if not target.startswith("kpx_onednn"):
+        return None
+    if target == "kpx_onednn_pack":
+        return 0.0
+    given = op.operation.attributes
+    config = m.dictionary(given["mhlo.backend_config" if "mhlo.backend_config" in given else "backend_config"])
+    sizes = m.integers(config["sizes"])
+    if target == "kpx_onednn_matmul":
+        rows, columns, inner, _ = sizes
+        return 2.0 * rows * columns * inner
+    if target == "kpx_onednn_conv":
+        batch, _, _, channels, height, width, out, height_out, width_out, *_, groups = sizes
+        return 2.0 * batch * height_out * width_out * out * height * width * channels / groups
+    batch, heads, _, length, keys, size, value_size = sizes
+    return 2.0 * batch * heads * length * keys * (size + value_size)
 
 
 def type_bytes(kind: ir.Type) -> float:

@@ -96,7 +96,7 @@ def test_a_gradient_that_the_kernel_does_not_support_is_left_to_xla():
 
 
 @pytest.mark.parametrize("differentiated", [False, True])
-def test_a_kernel_that_raises_is_left_out_with_a_warning(differentiated):
+def test_a_kernel_that_raises_is_left_out_with_a_warning(differentiated, without_libraries):
     def broken(query, key, value, *, scale, causal):
         raise RuntimeError("no such instruction")
 
@@ -115,7 +115,14 @@ def test_a_kernel_that_raises_is_left_out_with_a_warning(differentiated):
 
 
 @pytest.fixture
-def on_the_cpu():
+def without_libraries(monkeypatch):
+    """No library's attention on the CPU, which would be preferred."""
+    kept = [i for i in attention_kernel.implementations if i.name != "onednn"]
+    monkeypatch.setattr(attention_kernel, "implementations", kept)
+
+
+@pytest.fixture
+def on_the_cpu(without_libraries):
     """The TPU's kernel for the CPU, interpreted, so that what is spliced can be run."""
     attention_kernel.on("cpu")(interpreted)
     fusion.is_of_use.cache_clear()
