@@ -63,9 +63,7 @@ def _jitted(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[j
     function = ExportedFunction(program)
     weights = LiveWeights(model, function.weights, dict(program.constants)).read(device, ())
     arrays = [to_array(t, device) for t in inputs.values()]
-    jitted = jax.jit(
-        lambda w, a: [r for r in function(w, [], a).outputs if isinstance(r, jax.Array)], keep_unused=True
-    )
+    jitted = jax.jit(lambda w, a: [r for r in function(w, [], a).outputs if isinstance(r, jax.Array)], keep_unused=True)
     return jitted, weights, arrays
 
 
@@ -73,14 +71,13 @@ def iree(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     """IREE's compiler for this CPU, over the same StableHLO as plain jax.jit's, the weights as arguments."""
     import iree.compiler
     import iree.runtime as rt
+
     jitted, weights, arrays = _jitted(model, inputs)
     with jax.enable_x64(True):
         text = str(jitted.lower(weights, arrays).compiler_ir("stablehlo"))
     text = "\n".join(line for line in text.splitlines() if "sdy.mesh" not in line)  # of no devices; IREE has no Shardy
     options = ["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3"]
-    compiled = iree.compiler.compile_str(
-        text, input_type="stablehlo", target_backends=["llvm-cpu"], extra_args=options
-    )
+    compiled = iree.compiler.compile_str(text, input_type="stablehlo", target_backends=["llvm-cpu"], extra_args=options)
     config = rt.Config("local-task")
     context = rt.SystemContext(config=config)
     context.add_vm_module(rt.VmModule.copy_buffer(context.instance, compiled))
