@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import kpx
+from kpx.ir import module as m
 
 Call = Callable[[], Any]
 
@@ -74,7 +75,7 @@ def iree(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
 
     jitted, weights, arrays = _jitted(model, inputs)
     with jax.enable_x64(True):
-        text = str(jitted.lower(weights, arrays).compiler_ir("stablehlo"))
+        text = m.text(jitted.lower(weights, arrays).compiler_ir("stablehlo"), large_constants=True)
     text = "\n".join(line for line in text.splitlines() if "sdy.mesh" not in line)  # of no devices; IREE has no Shardy
     options = ["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3"]
     compiled = iree.compiler.compile_str(text, input_type="stablehlo", target_backends=["llvm-cpu"], extra_args=options)

@@ -6,7 +6,7 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "bridges").is_dir():
     __path__.append(str(_Path(__file__).resolve().parents[1]))
 
-from kpx import fusion, ops
+from kpx import fusion, ops, track
 from kpx._version import __version__  # noqa: F401
 from kpx.api import compile, jit, optimize
 from kpx.buckets import Buckets
@@ -63,6 +63,7 @@ __all__ = [
     "ops",
     "optimize",
     "targets",
+    "track",
     "tune",
     "validate",
 ]

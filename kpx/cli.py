@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import pathlib
 import shlex
 import sys
 import warnings
@@ -92,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
             "--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated"
         )
         added.add_argument("--no-gradients", action="store_true", help="compare values alone")
+    track = command("track", _track, "what has become slower since, by a history of measurements")
+    track.add_argument("action", choices=("compare",), help="compare: the last run with those before it")
+    track.add_argument("--history", required=True, metavar="FILE", help="the history that kpx.track.History writes")
+    track.add_argument("--run", dest="which", metavar="ID", help="another run than the last")
+    track.add_argument("--against", metavar="ID", help="one run to compare with, not the ten before")
+    track.add_argument(
+        "--fail-on", default="moderate", choices=("minor", "moderate", "severe"),
+        help="from which regression on the exit code is 1",
+    )  # fmt: skip
+    track.add_argument("--junit", metavar="FILE", help="write JUnit's XML")
+    track.add_argument("--markdown", metavar="FILE", help="write a table in Markdown")
+    track.add_argument("--plot", metavar="FILE", help="draw what has moved for the worse most, over all runs")
     discover = command("discover", _discover, "what a function computes over and over that no fusion pattern takes")
     discover.add_argument("function", help="package.module:function")
     discover.add_argument(
@@ -201,6 +214,25 @@ def _validate(options: argparse.Namespace, progress: Console) -> tuple[Any, Call
     told = "Nothing is wrong, with all rewrites." if found is None else found
     result = {"ok": found is None, "bisection": None if found is None else dataclasses.asdict(found)}
     return result, lambda console, _: console.print(told, soft_wrap=True)
+
+
+def _track(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.observe import track_report
+    from kpx.track import History
+
+    history = History(options.history)
+    report = history.compare(options.which, options.against)
+    for path, contents in (
+        (options.junit, track_report.as_junit(report, options.fail_on)),
+        (options.markdown, track_report.as_markdown(report)),
+    ):
+        if path:
+            pathlib.Path(path).write_text(contents)
+    if options.plot and report.changes:
+        worst = max(report.changes, key=lambda c: c.ratio or 0.0)
+        track_report.plot(history, worst.name, worst.metric, report.machine, options.plot)
+    result = {"ok": not report.fails(options.fail_on), **track_report.to_dict(report)}
+    return result, lambda console, _: console.print(track_report.as_table(report))
 
 
 def _discover(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:

@@ -248,7 +248,7 @@ class _Search:
 
     def _made(self, dropped: Mapping[str, str], what: str, options: Mapping[str, str] | None = None) -> Way | None:
         """A way, or None where there is no time for it, or it cannot be made."""
-        needed = self.first.seconds + 2 * self._once(self.best)
+        needed = self.first.seconds + 2 * (_PAIRS + 1) * self._once(self.best)
         if time.perf_counter() + needed > self.end:
             self.notes[what] = f"not measured: it would take more than the {max(needed, 0):.1f} s that are left"
             return None
