@@ -15,13 +15,16 @@ class Buckets:
     Attributes:
         batch: sizes for dimension 0, increasing; `"pow2"` for the next power of two; None leaves it as it is.
         sequence: the same for dimension 1.
+        by_row: rows of a batch that is padded on the right, by its `attention_mask`, go into buckets by their own
+            lengths, so that padding is not computed. What the model gives at padded positions is then 0.
 
     Raises:
-        ConfigError: sizes that are not positive, not increasing, or not given at all.
+        ConfigError: sizes that are not positive, not increasing, or not given at all; `by_row` without both of them.
     """
 
     batch: Sequence[int] | str | None = None
     sequence: Sequence[int] | str | None = None
+    by_row: bool = False
 
     def __post_init__(self):
         for name in ("batch", "sequence"):
@@ -35,6 +38,16 @@ class Buckets:
             object.__setattr__(self, name, tuple(sizes))
         if self.batch is None and self.sequence is None:
             raise ConfigError("No sizes were given. Use, say, `kpx.Buckets(batch=[1, 8, 32], sequence='pow2')`.")
+        if self.by_row and (self.batch is None or self.sequence is None):
+            raise ConfigError(
+                "`by_row=True` needs sizes for both dimensions. Use, say, "
+                "`kpx.Buckets(batch=[8, 32], sequence=[16, 32, 64], by_row=True)`."
+            )
+
+    def largest(self, name: str, size: int) -> int:
+        """The largest bucket along `"batch"` or `"sequence"`, or the bucket of a size where there is no largest."""
+        sizes = getattr(self, name)
+        return self.fit(name, size) if sizes is None or sizes == "pow2" else sizes[-1]
 
     def fit(self, name: str, size: int) -> int:
         """The bucket of a size along `"batch"` or `"sequence"`.

@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from kpx.bridges.torch.module import OptimizedModule
+from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.buckets import Buckets
 from kpx.config import Config
 from kpx.errors import InputError
@@ -30,6 +31,7 @@ class BucketedModule(OptimizedModule):
     def __init__(self, model: torch.nn.Module, target: Target, config: Config, buckets: Buckets):
         super().__init__(model, target, config)
         self.__dict__["_buckets"] = buckets
+        self.__dict__["_shapes"] = ShapeHistory("", warns=False)  # many sizes are what was asked for
         self.__dict__["_cuts"] = {}
         parameters = inspect.signature(model.forward).parameters
         self.__dict__["_names"] = list(parameters)
@@ -45,6 +47,12 @@ class BucketedModule(OptimizedModule):
             InputError: an input is larger than the largest bucket, or padding would change the outputs.
         """
         sizes = _sizes(args, kwargs)
+        if self._buckets.by_row and (parts := self._parts(args, kwargs, sizes)) is not None:
+            return self._by_row(args, kwargs, sizes, parts)
+        return self._whole(args, kwargs, sizes)
+
+    def _whole(self, args, kwargs, sizes):
+        """The outputs of a batch whose rows are all computed at one length."""
         goal = {kind: self._buckets.fit(kind, size) for kind, size in sizes.items()}
         if goal == sizes:
             return super().forward(*args, **kwargs)
@@ -61,6 +69,87 @@ class BucketedModule(OptimizedModule):
         return pytree.tree_unflatten(
             [_cut(x, dims, sizes) for x, dims in zip(leaves, self._cuts[key], strict=True)], spec
         )
+
+    def _mask(self, args, kwargs) -> Any:
+        """The mask that was given, or None."""
+        position = self._names.index(_MASK) if self._takes_mask else len(args)
+        return kwargs.get(_MASK) if position >= len(args) else args[position]
+
+    def _parts(self, args, kwargs, sizes) -> dict[int, torch.Tensor] | None:
+        """Which rows go into which bucket of lengths; None where no mask says, or all go into the last."""
+        mask = self._mask(args, kwargs)
+        if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != (sizes["batch"], sizes.get("sequence")):
+            return None
+        shown = mask != 0
+        lengths = shown.sum(1)
+        if not torch.equal(shown, torch.arange(mask.shape[1]) < lengths[:, None]):
+            return None  # padded on the left, or within
+        buckets = [min(self._buckets.fit("sequence", max(n, 1)), sizes["sequence"]) for n in lengths.tolist()]
+        if min(buckets) == sizes["sequence"]:
+            return None
+        of_rows = torch.tensor(buckets)
+        return {bucket: torch.nonzero(of_rows == bucket).flatten() for bucket in sorted(set(buckets))}
+
+    def _by_row(self, args, kwargs, sizes, parts: dict[int, torch.Tensor]):
+        """The outputs of a batch whose rows are computed at their own lengths."""
+        leaves: list[Any] = []
+        spec = None
+        for length, rows in parts.items():
+            for chosen in torch.split(rows, self._buckets.largest("batch", len(rows))):
+                part = pytree.tree_map_only(
+                    torch.Tensor, lambda t, r=chosen, n=length: _taken(t, sizes, r, n), (tuple(args), dict(kwargs))
+                )
+                inner = {**sizes, "batch": len(chosen), "sequence": length}
+                found, spec = pytree.tree_flatten(self._whole(part[0], part[1], inner))
+                along = self._prove_rows(args, kwargs, sizes, chosen, found, inner)
+                leaves = leaves or [_room(x, sizes, flag) for x, flag in zip(found, along, strict=True)]
+                hidden = self._mask(*part) == 0
+                for whole, x, flag in zip(leaves, found, along, strict=True):
+                    if flag:
+                        whole[:, :length][chosen] = x.masked_fill(_like(hidden, x), 0)
+                    elif isinstance(x, torch.Tensor):
+                        whole[chosen] = x
+        assert spec is not None
+        return pytree.tree_unflatten(leaves, spec)
+
+    def _prove_rows(self, args, kwargs, sizes, chosen, found, inner) -> list[bool]:
+        """Compares rows at their own length with the model itself at the batch's, once for each length; gives which
+        outputs have the sequence's dimension."""
+        length, key = inner["sequence"], ("rows", inner["sequence"])
+        if key in self._cuts:
+            return self._cuts["rows"]
+        few = chosen[:4]
+        part = pytree.tree_map_only(
+            torch.Tensor, lambda t: _taken(t, sizes, few, sizes["sequence"]), (tuple(args), dict(kwargs))
+        )
+        with torch.no_grad():
+            wanted = pytree.tree_leaves(self._model(*part[0], **part[1]))
+        pairs = list(zip(found, wanted, strict=True))
+        if "rows" not in self._cuts:  # the first length is shorter than the batch's: what has it, has the dimension
+            self._cuts["rows"] = [
+                isinstance(w, torch.Tensor) and w.ndim > 1 and x.shape[1] == length and w.shape[1] == sizes["sequence"]
+                for x, w in pairs
+            ]
+        hidden = self._mask(*part)[:, :length] == 0
+        for i, (ours, theirs) in enumerate(pairs):
+            if not isinstance(theirs, torch.Tensor):
+                continue
+            if not theirs.ndim or theirs.shape[0] != len(few) or ours.shape[0] != len(chosen):
+                raise InputError(
+                    f"Output {i} of `{type(self._model).__name__}`, {list(theirs.shape)} of {len(few)} rows, does not hold "
+                    "them. Leave `by_row` out."
+                )
+            ours = ours[: len(few)]
+            if self._cuts["rows"][i]:
+                ours, theirs = (t.masked_fill(_like(hidden, t), 0) for t in (ours, theirs[:, :length]))
+            if ours.shape != theirs.shape:
+                raise InputError(
+                    f"Output {i} of `{type(self._model).__name__}` is {list(theirs.shape)}, and {list(ours.shape)} where rows "
+                    f"are cut to {length}: it has the sequence elsewhere than in dimension 1. Leave `by_row` out."
+                )
+            self._compare(ours, theirs, i, {"batch": len(few), "sequence": length})
+        self._cuts[key] = []
+        return self._cuts["rows"]
 
     def _with_mask(self, args, kwargs, sizes):
         """Where the model takes a mask and was given none, one that shows every position there is."""
@@ -103,6 +192,26 @@ def _sizes(args, kwargs) -> dict[str, int]:
     if first is None:
         raise InputError("No tensor with dimensions was given, so there is nothing to pad.")
     return dict(zip(_KINDS, first.shape, strict=False))
+
+
+def _taken(tensor: torch.Tensor, sizes: dict[str, int], rows: torch.Tensor, length: int) -> torch.Tensor:
+    """Some rows of an input that has the batch's, cut to a length where it has the sequence's."""
+    if not tensor.ndim or tensor.shape[0] != sizes["batch"]:
+        return tensor
+    taken = tensor[rows]
+    return taken[:, :length].contiguous() if tensor.ndim > 1 and tensor.shape[1] == sizes["sequence"] else taken
+
+
+def _like(mask: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return mask.reshape(*mask.shape, *[1] * (tensor.ndim - 2))
+
+
+def _room(value: Any, sizes: dict[str, int], has_sequence: bool) -> Any:
+    """Zeros for an output of all rows, as a part's are; what is no tensor as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    first = (sizes["batch"], sizes["sequence"]) if has_sequence else (sizes["batch"],)
+    return value.new_zeros(*first, *value.shape[len(first) :])
 
 
 def _padded(tensor: torch.Tensor, sizes: dict[str, int], goal: dict[str, int]) -> torch.Tensor:

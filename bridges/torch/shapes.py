@@ -13,8 +13,9 @@ _QUIET = 3  # so many shapes of one input are compiled without a word
 class ShapeHistory:
     """The shapes that one model was compiled for."""
 
-    def __init__(self, model: str, remedy: str = "Pad to a few sizes with `kpx.Buckets(...)`."):
+    def __init__(self, model: str, remedy: str = "Pad to a few sizes with `kpx.Buckets(...)`.", *, warns: bool = True):
         self._model = model
+        self._warns = warns
         self._remedy = remedy
         self._seen: dict[tuple[int, ...], list[tuple[tuple[int, ...], ...]]] = {}
 
@@ -33,7 +34,7 @@ class ShapeHistory:
             for d in range(len(shape))
             if len({s[i][d] for s in known}) > 1
         ]
-        if changing:
+        if changing and self._warns:
             warnings.warn(
                 f"`{self._model}` has now been compiled for {len(known)} shapes: {'; '.join(changing)} keep(s) "
                 f"changing, and every new size is compiled anew. {self._remedy}",

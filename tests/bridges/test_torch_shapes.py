@@ -118,3 +118,76 @@ def test_buckets_that_make_no_sense_are_refused(sizes, words):
 @pytest.mark.parametrize("size, bucket", [(1, 1), (2, 2), (3, 4), (9, 16)])
 def test_powers_of_two_are_the_next_one_up(size, bucket):
     assert kpx.Buckets(batch="pow2").fit("batch", size) == bucket
+
+
+# Rows by their own lengths ---------------------------------------------------------------------
+
+
+def _padded_batch(*lengths, width=24):
+    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, n in enumerate(lengths):
+        ids[i, :n], mask[i, :n] = _ids(width)[:n], 1
+    return ids, mask
+
+
+BY_ROW = kpx.Buckets(batch=[2, 4], sequence=[4, 8, 16], by_row=True)
+
+
+def _check_rows(optimized, model, ids, mask):
+    got, wanted = optimized(ids, attention_mask=mask), model(ids, attention_mask=mask)
+    torch.testing.assert_close(got["tokens"], wanted["tokens"] * mask[..., None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got["pooled"], wanted["pooled"], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_computed_at_their_own_lengths_and_embeddings_stay():
+    model = Masked().eval()
+    buckets = kpx.Buckets(batch=[2, 4], sequence=[4, 8, 16, 24], by_row=True)
+    optimized = kpx.optimize(model, dynamic_shapes=buckets)
+    ids, mask = _padded_batch(3, 24, 7, 1, 4, 8, 2, 2, 2, 16)
+    _check_rows(optimized, model, ids, mask)
+    lengths = {entry.invocation.program._structs[1][0].shape[1] for entry in optimized._entries.values()}
+    assert lengths == {4, 8, 16, 24}
+    _check_rows(optimized, model, *_padded_batch(5, 6, 3))
+
+
+def test_a_mask_that_is_no_padding_on_the_right_is_computed_whole():
+    model = Masked().eval()
+    optimized = kpx.optimize(model, dynamic_shapes=kpx.Buckets(batch=[4], sequence=[8, 24], by_row=True))
+    ids, mask = _padded_batch(3, 24, 7)
+    mask = mask.flip(1)
+    torch.testing.assert_close(optimized(ids, attention_mask=mask), model(ids, attention_mask=mask))
+
+
+def test_a_model_that_sees_the_padding_is_refused_by_row():
+    class Leaky(torch.nn.Module):
+        def forward(self, ids, attention_mask):
+            return ids.float().mean(1, keepdim=True) * attention_mask
+
+    optimized = kpx.optimize(Leaky(), dynamic_shapes=BY_ROW)
+    with pytest.raises(kpx.InputError, match="Padding to"):
+        optimized(*_padded_batch(3, 2, 16, width=16))
+
+
+def test_an_output_that_holds_no_rows_is_refused():
+    class Sum(torch.nn.Module):
+        def forward(self, ids, attention_mask):
+            return (ids * attention_mask).sum(0).sum()
+
+    with pytest.raises(kpx.InputError, match="Leave `by_row` out"):
+        kpx.optimize(Sum(), dynamic_shapes=BY_ROW)(*_padded_batch(3, 2, 16, width=16))
+
+
+def test_an_output_with_the_sequence_elsewhere_is_refused():
+    class Scores(torch.nn.Module):
+        def forward(self, ids, attention_mask):
+            x = (ids * attention_mask).float()
+            return x[:, None, :, None] * x[:, None, None, :]
+
+    with pytest.raises(kpx.InputError, match="elsewhere than in dimension 1"):
+        kpx.optimize(Scores(), dynamic_shapes=BY_ROW)(*_padded_batch(3, 2, 16, width=16))
+
+
+def test_by_row_needs_both_sizes():
+    with pytest.raises(kpx.ConfigError, match="both dimensions"):
+        kpx.Buckets(sequence=[8], by_row=True)
