@@ -14,7 +14,7 @@ def once(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def turn(function: Callable[[], object], least: float = 0.02) -> float:
+def turn(function: Callable[[], object], least: float = 0.15) -> float:
     """Seconds of one call; where that is short, the median of as many as fit into `least` seconds, after the first.
 
     The first call after another function's turn pays for what that left behind: its threads may still spin,

@@ -17,6 +17,7 @@ from kpx.passes.epilogue import in_memory
 
 # A call costs microseconds, and hides from XLA what it could fuse.
 _LEAST_FLOPS = 1 << 18
+_LEAST_ROWS_F32 = 4  # fewer wait for memory, which XLA reads as fast
 _BOUND = "sums are added in another order: a few ulps of the largest partial sum; what follows is computed in f32"
 _CALLS = ("kpx_onednn_matmul", "kpx_onednn_conv")
 
@@ -72,7 +73,7 @@ def packed_product(op):
         return None
     depth, columns = m.shape(op.lhs)[-1], m.shape(op.rhs)[1 - inner[1][0]]
     rows = m.size(op.lhs) // max(depth, 1)
-    if 2 * rows * columns * depth < _LEAST_FLOPS:
+    if 2 * rows * columns * depth < _LEAST_FLOPS or (types[0] == "f32" and rows < _LEAST_ROWS_F32):
         return None
     sizes = [rows, columns, depth, onednn.column_blocks(rows, columns)]
     result = m.tensor([rows, columns], m.tensor_type(op.result).element_type)

@@ -77,7 +77,7 @@ def test_a_layer_with_an_activation_is_one_call(name, dtype):
 def test_a_random_layer_matches_f64_as_well_as_pytorch_does(seed):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    rows, inner, columns = (int(rng.choice(s)) for s in ([1, 3, 17, 64, 130, 700], [33, 64, 257], [48, 130, 513]))
+    rows, inner, columns = (int(rng.choice(s)) for s in ([5, 17, 64, 130, 700], [33, 64, 257], [48, 130, 513]))
     inner = max(inner, -(-(1 << 18) // (2 * rows * columns)))
     options = {name: bool(rng.integers(2)) for name in ("bias", "residual", "gated")}
     layer = _Layer(inner, columns, list(ACTIVATIONS.values())[rng.integers(len(ACTIVATIONS))], **options)
