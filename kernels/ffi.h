@@ -7,7 +7,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <thread>
 
 #include "xla/ffi/api/c_api.h"
@@ -84,7 +86,8 @@ inline int64_t Threads(const XLA_FFI_CallFrame* frame) {
 // task that has not started, and the pool cannot deadlock.
 class Tasks {
  public:
-  // Runs `work(i)` for each i below `count`, on `threads` threads of XLA's at most, this one among them.
+  // Runs `work(i)` for each i below `count`, on `threads` threads of XLA's at most, this one among them. What a task
+  // throws is thrown here, when all are done.
   static void Run(const XLA_FFI_CallFrame* frame, int64_t count, int64_t threads,
                   const std::function<void(int64_t)>& work) {
     threads = std::min(count, threads);
@@ -106,7 +109,9 @@ class Tasks {
     for (int spins = 0; tasks->done_.load(std::memory_order_acquire) < count; ++spins) {
       if (spins > 4096) std::this_thread::yield();
     }
+    const std::exception_ptr error = tasks->error_;
     tasks->Release();
+    if (error) std::rethrow_exception(error);
   }
 
  private:
@@ -114,7 +119,12 @@ class Tasks {
 
   void Take() {
     for (int64_t task; (task = next_.fetch_add(1)) < count_;) {
-      work_(task);
+      try {
+        work_(task);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -132,6 +142,8 @@ class Tasks {
   const int64_t count_;
   const std::function<void(int64_t)>& work_;  // the caller's, which waits until every task is done
   std::atomic<int64_t> next_{0}, done_{0}, references_{1};
+  std::mutex mutex_;
+  std::exception_ptr error_;
 };
 
 }  // namespace kpx

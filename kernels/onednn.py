@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -67,8 +68,8 @@ def column_blocks(rows: int, columns: int) -> int:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The glue, its calls registered, or what is missing."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"its packages are for x86-64, and this is {platform.machine()}"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"its packages are for Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
     try:
         library, header = (
             _file("onednn-cpu-gomp", "libdnnl.so.3"),
@@ -96,5 +97,5 @@ def _file(package: str, ends: str) -> pathlib.Path:
         raise native.Missing(f"the package {package} is not installed (pip install 'kpx-xla[onednn]')") from None
     for file in files:
         if file.as_posix().endswith(ends) and (path := pathlib.Path(str(file.locate()))).exists():
-            return path.resolve(strict=False) if not path.is_symlink() else path
+            return pathlib.Path(os.path.normpath(path))
     raise native.Missing(f"{package} has no {ends}")

@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("function", help="package.module:function")
     tuning.add_argument("--cache", required=True, metavar="FILE", help="what is kept, for Config(kernel_cache=FILE)")
     tuning.add_argument("--seconds", type=float, default=2.0, help="how long each is measured; 2 by default")
+    tuning.add_argument("--tries", type=int, help="how many implementations of each; all by default")
+    tuning.add_argument(
+        "--history", action="append", default=[], metavar="FILE", help="what else to learn the order from"
+    )
     tuning.add_argument("--input", action="append", default=[], metavar="f32[8,128]", help="an input; may be repeated")
     for name, text in (
         ("validate", "compare what kpx makes of a function with the function itself, and both with f64"),
@@ -195,7 +199,8 @@ def _tune(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable
 
     fun, specs = compiling.load(options.function, options.input)
     with progress.status("compiling") as status:
-        found = tune(fun, *specs, cache=options.cache, seconds=options.seconds, progress=status.update)
+        given = {"seconds": options.seconds, "tries": options.tries, "history": options.history}
+        found = tune(fun, *specs, cache=options.cache, progress=status.update, **given)
     return found.to_dict(), lambda console, _: console.print(found, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ from kpx.config import Config
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
+from kpx.ir.split import weights
 from kpx.kernels import own  # noqa: F401  (its patterns are registered)
 from kpx.passes import (
     canonicalize,
@@ -101,7 +102,8 @@ def choose_products(module: ir.Module, context: Context) -> None:
 def pack(module: ir.Module, context: Context) -> None:
     """A stage's body that has oneDNN compute products and convolutions by weights, and what follows them."""
     if _has_onednn(module, context):
-        rewriting(packed.PRODUCTS)(module, context)
+        if weights(module):  # else they would be packed at each call
+            rewriting(packed.PRODUCTS)(module, context)
         rewriting([packed.sum_into_packed])(module, context)  # an activation's root is not beside what changes here
         rewriting([*packed.STEPS, *packed.ATTENTION])(module, context)
 
@@ -152,7 +154,7 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
     convolutions = any(isinstance(op, stablehlo.ConvolutionOp) for op in m.walk(module.operation))
     if convolutions and context.device.platform == "cpu":
         rewriting([*layout.RULES, *convolution.LAYOUT, *canonicalize.RULES])(module, context)
-        if _has_onednn(module, context):
+        if _has_onednn(module, context) and weights(module):
             rewriting(packed.CONVOLUTIONS)(module, context)
         rewriting([*convolution.FORMS, *canonicalize.RULES], around=convolution.FORMS)(module, context)
     elif context.device.platform == "cpu":

@@ -20,11 +20,12 @@ from rich.text import Text
 from kpx.api import compile as compile_for
 from kpx.api import jit
 from kpx.config import Config, resolve
-from kpx.errors import TargetError
+from kpx.errors import ConfigError, TargetError
 from kpx.hardware.target import Target
 from kpx.kernels import registry, selection
 from kpx.kernels.pattern_check import distance, epsilon, root_mean_square
 from kpx.kernels.selection import PLAIN, Case
+from kpx.learned import Ranking
 from kpx.runtime.build import environment
 
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 50
@@ -42,6 +43,7 @@ class Measured:
         seconds: of one call, by implementation; medians of rounds in which all ran in turn.
         distances: from a reference in wider numbers, root mean square, relative.
         refused: what was not measured, or is not as near as plain XLA, with the reason.
+        order: in which implementations were tried; `learned`, whether earlier measurements said so.
     """
 
     case: str
@@ -50,6 +52,8 @@ class Measured:
     seconds: dict[str, float]
     distances: dict[str, float]
     refused: dict[str, str]
+    order: tuple[str, ...] = ()
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def tune(
     cache: str | os.PathLike,
     config: Config | None = None,
     seconds: float = 2.0,
+    tries: int | None = None,
+    history: Sequence[str | os.PathLike] = (),
     progress: Callable[[str], None] | None = None,
     **named_specs,
 ) -> Tuned:
@@ -101,13 +107,19 @@ def tune(
         cache: the file, made or added to.
         config: what else may be done.
         seconds: how long one case is measured.
+        tries: how many implementations of a case are measured, plain XLA beside them; by default all. Which, is learned
+            from `cache` and `history` (see `kpx.learned`), and says rules' order where nothing is known.
+        history: further files that `tune` wrote, of this or other machines.
         progress: called with each case before it is measured.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or `tries` is no positive number.
         InputError, CaptureError, UnsupportedError, CompileError: as `kpx.compile`.
     """
     config = dataclasses.replace(resolve(config), kernel_cache=None)
+    if tries is not None and (isinstance(tries, bool) or not isinstance(tries, int) or tries < 1):
+        raise ConfigError(f"`tries={tries!r}` is no number of implementations. Give a positive one, or None for all.")
+    ranking = Ranking.of_files([cache, *history])
     with selection.recording() as cases:
         compiled = compile_for(fun_or_model, *specs, config=config, **named_specs)
     target = compiled.target
@@ -121,14 +133,22 @@ def tune(
             continue  # there is nothing to choose
         if progress is not None:
             progress(case.text)
-        found.append(_measure(kernel, case, target, config, seconds))
+        found.append(_measure(kernel, case, target, config, seconds, ranking, tries))
     kept = {m.case: {"fastest": m.fastest, "rules": m.rules, "seconds": m.seconds} for m in found}
     here = environment(target)
     selection.write(cache, here, kept, time.strftime("%Y-%m-%d"))
     return Tuned(os.fspath(cache), here, tuple(found))
 
 
-def _measure(kernel: registry.Kernel, case: Case, target: Target, config: Config, seconds: float) -> Measured:
+def _measure(
+    kernel: registry.Kernel,
+    case: Case,
+    target: Target,
+    config: Config,
+    seconds: float,
+    ranking: Ranking,
+    tries: int | None,
+) -> Measured:
     attributes = dict(case.attributes)
     options = {"differentiated": case.differentiated, "kind": target.device_kind}
     rules = kernel.choose(target.platform, case.structs, attributes, **options)[0]
@@ -141,12 +161,19 @@ def _measure(kernel: registry.Kernel, case: Case, target: Target, config: Config
             forms[implementation.name] = implementation.function
         else:
             refused[implementation.name] = reason
+    # Rules' choice first, then in the order of preference, unless more is known.
+    names = sorted((n for n in forms if n != PLAIN), key=lambda n: n != chosen)
+    order, learned = ranking.order(case.text, environment(target), [*names, PLAIN])
+    left = [n for n in order if n != PLAIN][slice(tries, None) if tries is not None else slice(0)]
+    for name in left:
+        del forms[name]
+        refused[name] = f"{tries} others were expected to be faster" if learned else f"{tries} come before it"
     arrays = _arrays(kernel, case)
     runs = _ready(kernel, case, forms, arrays, target, config, refused)
     distances = _compared(kernel, case, runs, arrays, refused)
     taken = _timed({name: runs[name] for name in distances}, arrays, seconds)
     medians = {name: statistics.median(each) for name, each in taken.items()}
-    return Measured(case.text, _fastest(taken, chosen), chosen, medians, distances, refused)
+    return Measured(case.text, _fastest(taken, chosen), chosen, medians, distances, refused, tuple(order), learned)
 
 
 def _arrays(kernel: registry.Kernel, case: Case) -> list[Any]:

@@ -27,6 +27,7 @@ from kpx.hardware.target import Target
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
 from kpx.ir.rewrite import REWRITES, is_pure
+from kpx.kernels import registry
 from kpx.kernels.pattern_check import root_mean_square
 from kpx.kernels.selection import PLAIN
 from kpx.pipeline import Context
@@ -89,7 +90,8 @@ class Decision:
         self.is_open = False
         best, choice = choose(first, make, budget(self._given, first.seconds))
         report(best.context, choice)
-        choices.remember(self._key, choice, self._environment, time.strftime("%Y-%m-%d"))
+        if "all" in choice.notes or not choice.notes:  # else there was no time: another process may have more
+            choices.remember(self._key, choice, self._environment, time.strftime("%Y-%m-%d"))
         return best.made
 
 
@@ -149,13 +151,20 @@ def without(config: Config, dropped: Mapping[str, str], families: Mapping[str, S
     """A config that leaves groups out."""
     disabled, kernels = list(config.disable), dict(config.kernels)
     for group in dropped:
-        members = families.get(group) or [r.name for r in REWRITES.values() if r.family == group and not r.exact]
+        members = families.get(group) or _all_of(group)
         for name in members:
             if group == KERNELS and name.startswith("kpx."):
                 kernels.setdefault(name, PLAIN)
             else:
                 disabled.append(name)
     return dataclasses.replace(config, disable=tuple(dict.fromkeys(disabled)), kernels=kernels)
+
+
+def _all_of(group: str) -> list[str]:
+    """Everything that may be in a group, where it is not known what was."""
+    if group == KERNELS:
+        return [kernel.name for kernel in registry.kernels()]
+    return [r.name for r in REWRITES.values() if r.family == group and not r.exact]
 
 
 def budget(config: Config, compile_seconds: float) -> float:
@@ -202,7 +211,7 @@ class _Search:
             self._add_what_helps(wanted)
         elif len(self.families) > 1:
             self._drop_what_harms()
-        if config.level == "aggressive":
+        if config.level == "aggressive" and self.first.context.device.platform == "cpu":
             self._try_options(wanted)
 
     def _add_what_helps(self, wanted: Sequence[Any]) -> None:

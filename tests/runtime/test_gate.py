@@ -194,6 +194,18 @@ def test_a_clock_that_jumps_changes_no_result(monkeypatch):
     np.testing.assert_allclose(_function()(X), np.tanh(np.sin(X)) @ X.T, rtol=1e-4, atol=1e-3)
 
 
+def test_kernels_that_were_dropped_are_dropped_by_memory_too():
+    config = gate.without(kpx.Config(), {"kernels": "slower"}, {})
+    assert ("kpx.attention", "xla") in config.kernels
+
+
+def test_what_there_was_no_time_for_is_not_remembered(monkeypatch):
+    monkeypatch.setattr(gate, "budget", lambda config, seconds: 0.0)
+    fn = kpx.jit(lambda x: jnp.sum(x, 0) / 3 + jnp.mean(x, 0) @ x.T @ x)
+    fn(X)
+    assert not list(choices.folder().glob("*.json"))
+
+
 def test_nothing_is_measured_where_it_is_off_or_everything_is_exact(monkeypatch):
     monkeypatch.setattr(gate, "choose", lambda *a: pytest.fail("measured"))
     for config in (kpx.Config(measure_seconds=0), kpx.Config(level="conservative"), kpx.Config(level="none")):
