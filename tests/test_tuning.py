@@ -14,6 +14,7 @@ import kpx
 from kpx import tuning
 from kpx.cli import main
 from kpx.kernels import onednn, registry, selection
+from kpx.learned import Ranking
 from kpx.runtime.build import environment
 
 SPEC = jax.ShapeDtypeStruct((8, 64), jnp.float32)
@@ -79,7 +80,7 @@ def test_gradients_are_compared_too(halve, tmp_path):
         halve.implementations[-1], name="sly", function=lambda x, times: wrong_gradient(x)
     )
     target = kpx.Target("cpu")
-    found = tuning._measure(halve, case, target, kpx.Config(), 0.05)
+    found = tuning._measure(halve, case, target, kpx.Config(), 0.05, Ranking(), None)
     halve.implementations.pop()
     assert "from a reference" in found.refused["sly"]
 
