@@ -41,6 +41,7 @@ _POINTS = np.linspace(-6, 6, 41)
 _WANTED = {name: f(_POINTS) for name, f in ACTIVATIONS.items()}
 _MOST_OPS = 20
 _TOLERANCE = 1e-6  # constants are rounded to f32
+_NARROW_TOLERANCE = 2.0**-8  # or to bf16, as every value in between is then: the activation itself is nearer
 
 
 def activation(op: Any) -> tuple[Value, str] | None:
@@ -58,10 +59,12 @@ def activation(op: Any) -> tuple[Value, str] | None:
         return None
     with np.errstate(all="ignore"):
         found = _value(op.operation.results[0], x, {x: _POINTS})
-    for name, wanted in _WANTED.items():
-        if np.allclose(found, wanted, rtol=0, atol=_TOLERANCE):
-            return x, name
-    return None
+    narrow = any(
+        m.element_type(o.operation.results[0]) == "bf16" for o in ops if not isinstance(o, stablehlo.ConvertOp)
+    )
+    name = min(_WANTED, key=lambda n: np.nan_to_num(np.abs(found - _WANTED[n]), nan=np.inf).max())
+    rtol, atol = (_NARROW_TOLERANCE, _NARROW_TOLERANCE) if narrow else (0, _TOLERANCE)
+    return (x, name) if np.allclose(found, _WANTED[name], rtol=rtol, atol=atol) else None
 
 
 def _region(op: Any) -> tuple[list[Any], Value] | None:

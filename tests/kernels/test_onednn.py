@@ -73,6 +73,30 @@ def test_a_layer_with_an_activation_is_one_call(name, dtype):
     assert not any(f"stablehlo.{op}" in text or f"chlo.{op}" in text for op in rest)
 
 
+class _NewGelu(torch.nn.Module):
+    """As GPT-2 has it: written out, in the numbers that it is given."""
+
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_activation_that_is_written_out_in_narrow_numbers_is_known_too(dtype):
+    layer = _Layer(96, 200, _NewGelu()).to(dtype)
+    x = torch.randn(4, 33, 96, dtype=dtype)
+    text = _check(layer, (x, x), "kpx_onednn_matmul", relative=2e-6 if dtype == torch.float32 else 8e-3)
+    assert "stablehlo.tanh" not in text
+
+
+def test_what_is_nearly_an_activation_and_is_none_stays():
+    class Nearly(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(1.01 * x)
+
+    x = torch.randn(64, 96)
+    assert "steps = array<i64: 1>" in _check(_Layer(96, 200, Nearly()), (x, x), "kpx_onednn_matmul")
+
+
 @pytest.mark.parametrize("seed", [*range(6), *(pytest.param(s, marks=pytest.mark.slow) for s in range(6, 40))])
 def test_a_random_layer_matches_f64_as_well_as_pytorch_does(seed):
     rng = np.random.default_rng(seed)
