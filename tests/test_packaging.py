@@ -38,3 +38,18 @@ def test_importing_kpx_imports_no_framework_but_jax():
 def test_every_error_is_a_kpx_error():
     errors = [getattr(kpx, n) for n in kpx.__all__ if n.endswith("Error")]
     assert all(issubclass(e, kpx.KpxError) for e in errors)
+
+
+def test_onednn_can_be_called_where_its_packages_and_a_compiler_are():
+    import importlib.metadata
+    import shutil
+
+    from kpx.kernels import onednn
+
+    try:
+        importlib.metadata.version("onednn-devel-cpu-gomp")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the extra `onednn` is not installed")
+    if sys.platform != "linux" or shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler, or this is not Linux")
+    assert onednn.missing() is None  # else all its own tests would be left out without a word

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpx.errors import KernelCacheWarning
+from kpx.kernels.selection import differs
 
 try:
     import fcntl
@@ -126,10 +127,7 @@ def _read(file: pathlib.Path, environment: Mapping[str, str]) -> dict[str, Any] 
     made, choices = found.get("environment"), found.get("choices")
     if not isinstance(made, dict) or not isinstance(choices, dict):
         return "it is not whole"
-    names = [n for n in {**made, **environment} if made.get(n) != environment.get(n)]
-    if names:
-        return "; ".join(f"it is of {n} {made.get(n)}, and here is {environment.get(n)}" for n in names)
-    return choices
+    return differs(made, environment) or choices
 
 
 def _parsed(entry: Any, allowed: Mapping[str, Any]) -> Choice | str:

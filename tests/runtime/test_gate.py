@@ -126,7 +126,7 @@ def test_another_configs_or_another_modules_choice_is_not_used():
         (lambda text: "", "cannot be read"),
         (lambda text: "[]", "of another version"),
         (lambda text: text.replace("kpx choices 1", "kpx choices 0"), "of another version"),
-        (lambda text: text.replace(jax.__version__, "0.0.1"), "it is of jax 0.0.1"),
+        (lambda text: text.replace(jax.__version__, "0.0.1"), "they are of jax 0.0.1"),
         (lambda text: json.dumps({**json.loads(text), "choices": []}), "not whole"),
     ],
     ids=["truncated", "empty", "another file", "another format", "another version", "no choices"],
@@ -183,7 +183,7 @@ def test_a_shipped_file_is_used_and_another_machines_is_not(monkeypatch, tmp_pat
     found = json.loads(shipped.read_text())
     found["environment"]["device"] = "another"
     shipped.write_text(json.dumps(found))
-    with pytest.warns(kpx.errors.KernelCacheWarning, match="it is of device another, and here is"):
+    with pytest.warns(kpx.errors.KernelCacheWarning, match="they are of device another, and here is"):
         compiled = kpx.compile(lambda x: jnp.tanh(jnp.sin(x)) @ x.T, X, config=config)
     assert not compiled.reverted
 
