@@ -2,6 +2,8 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+# A process a core, up to four, since each may hold a compiler; a file's tests stay together.
+PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Compilers for targets that are not here, where the tests of all environments find them.
 export KPX_PLUGINS ?= $(CURDIR)/.plugins
@@ -26,11 +28,11 @@ demo: .venv/.installed
 	touch $@
 
 test: .venv/.installed .plugins/.installed
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m $(PYTEST) tests -m "not slow"
 
 # What repeats a check over many cases: every target's every model, the op database, random programs, patterns.
 test-slow: .venv/.installed .plugins/.installed
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m $(PYTEST) tests -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -57,7 +59,7 @@ wheel-test: .venv/.installed .plugins/.installed
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[test]"
 	outside=$$(mktemp -d) && cp -r tests bench pyproject.toml $$outside && cd $$outside && \
-	  $(CURDIR)/.venv-wheel/bin/pytest tests/test_*.py tests/bridges tests/hardware tests/observe tests/runtime \
+	  $(CURDIR)/.venv-wheel/bin/$(PYTEST) tests/test_*.py tests/bridges tests/hardware tests/observe tests/runtime \
 	  tests/kernels/test_kernels.py tests/kernels/test_mkl.py -m "not models and not slow" -p no:cacheprovider && \
 	  rm -rf $$outside
 

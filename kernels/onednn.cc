@@ -8,7 +8,9 @@
 //   sizes of a convolution, channels last: batch, height, width, channels, the kernel's height and width, channels out,
 //     height and width out, strides, padding at the top and left, dilations, groups;
 //   layout: 1 where a product's weights are stored transposed, that is as columns x inner size;
-//   steps: what follows, in order (see Step), each that has an operand taking the next one.
+//   steps: what follows, in order (see Step), each that has an operand taking the next one;
+//   stride: where weights of several layers lie behind each other, the bytes of one layer's. The last operand is then the
+//     layer's number (s32).
 
 #include "onednn_attention.h"
 
@@ -72,6 +74,9 @@ Ready Finished(const Description& pd, std::vector<std::pair<int, memory::desc>> 
 constexpr int64_t kTile = 64;        // columns that packed weights hold together
 constexpr int64_t kPackedFor = 128;  // rows of the product that decides how weights are packed
 
+// Packed weights begin at multiples of a cache line.
+int64_t Aligned(size_t bytes) { return static_cast<int64_t>((bytes + 63) / 64 * 64); }
+
 struct Product {
   int64_t rows, columns, inner, blocks;
   Type in, out;
@@ -118,7 +123,6 @@ struct Product {
     return Cached(key, [&] { return Make(height, width, weights, steps); });
   }
 
-  static int64_t Aligned(size_t bytes) { return static_cast<int64_t>((bytes + 63) / 64 * 64); }
   int64_t Bytes(int64_t block) const { return Width(block) ? Aligned(Packing(Width(block)).weights.get_size()) : 0; }
 };
 
@@ -273,7 +277,11 @@ struct Operands {
 Operands Read(const XLA_FFI_CallFrame* frame) {
   Operands found{static_cast<char*>(Argument(frame, 0)->data), static_cast<char*>(Argument(frame, 1)->data),
                  static_cast<char*>(Result(frame, 0)->data), {}, {}};
-  for (int64_t i = 2; i < frame->args.size; ++i) {
+  int64_t count = frame->args.size;
+  if (const Span stride = Attribute(frame->attrs, "stride"); stride.size == 1) {
+    found.weights += *static_cast<int32_t*>(Argument(frame, --count)->data) * stride.data[0];
+  }
+  for (int64_t i = 2; i < count; ++i) {
     found.further.push_back(static_cast<char*>(Argument(frame, i)->data));
     found.types.push_back(TypeOf(Argument(frame, i)));
   }
@@ -370,7 +378,7 @@ int64_t kpx_onednn_bytes(const int64_t* sizes, int64_t count, const int64_t* ste
     if (count != kProductSizes) {
       const Convolution c = ConvolutionOf({sizes, count}, type(0), type(1), then);
       c.For(c.batch, 0, c.height_out);
-      return static_cast<int64_t>(c.Packing().weights.get_size());
+      return Aligned(c.Packing().weights.get_size());
     }
     const Product p = ProductOf({sizes, count}, type(0), type(1), then);
     int64_t bytes = 0;

@@ -13,6 +13,7 @@ from kpx.kernels import registry
 
 LEVELS = ("none", "conservative", "balanced", "aggressive")
 MATMUL_PRECISIONS = ("highest", "high")
+LAYERS = ("auto", "loop", "unrolled")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Config:
     """How a model is optimized.
 
     Every field can be overridden by a variable: `KPX_LEVEL`, `KPX_MATMUL_PRECISION`, `KPX_PREPARE`,
-    `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_KERNELS` (as `kpx.attention=flash_cuda,kpx.norm=xla`),
+    `KPX_LAYERS`, `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_KERNELS` (as `kpx.attention=flash_cuda,kpx.norm=xla`),
     `KPX_KERNEL_CACHE`, `KPX_MEASURE_SECONDS`, `KPX_CHOICES`, `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
 
     Attributes:
@@ -32,6 +33,9 @@ class Config:
             words. `"highest"`: in f32. `"high"`: each f32 factor as a sum of two bf16, which keeps
             about 16 of 24 bits and is faster where the CPU has bf16 units.
         prepare: compute what depends on weights alone once, at load.
+        layers: of a model whose layers are alike. `"auto"`: they run as a loop over their stacked weights where that does not
+            slow the run, so that the time to compile does not grow with their number. `"loop"`: also where XLA copies the
+            weights of each layer, as on a target whose kernels do not read them from a stack. `"unrolled"`: never.
         verify_each: verify the module after every single rewrite (slow; finds a faulty one at once).
         disable: names of rewrites to leave out.
         kernels: by fused op, the implementation to use: `{"kpx.attention": "flash_cuda"}`, or `"xla"` for none.
@@ -49,6 +53,7 @@ class Config:
     level: str = "balanced"
     matmul_precision: str = "highest"
     prepare: bool = True
+    layers: str = "auto"
     verify_each: bool = False
     disable: tuple[str, ...] = ()
     kernels: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
@@ -61,6 +66,7 @@ class Config:
     def __post_init__(self):
         _one_of("level", self.level, LEVELS)
         _one_of("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+        _one_of("layers", self.layers, LAYERS)
         for name in ("prepare", "verify_each"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")

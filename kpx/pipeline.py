@@ -22,12 +22,14 @@ from kpx.passes import (
     fusion,
     grouped,
     known_masks,
+    layers,
     layout,
     library,
     loops,
     packed,
     precision,
     repeated,
+    rolled,
 )
 from kpx.passes.composites import Device
 
@@ -38,6 +40,9 @@ class Context:
 
     Attributes:
         measured: what was measured of groups of rewrites and kernels, in words (see `kpx.runtime.gate`).
+        layers: what became of layers that are alike, in words (see `kpx.passes.rolled`).
+        stacks: such layers, while they are apart from the module.
+        repeats: how often the module that a stage is given stands in the model.
     """
 
     device: Device
@@ -49,6 +54,9 @@ class Context:
     fusions: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     measured: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+    stacks: list[layers.Stack] = field(default_factory=list)
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,13 +136,16 @@ def know_masks(module: ir.Module, context: Context) -> None:
 
 def fuse(module: ir.Module, context: Context) -> None:
     """A stage's body that holds what fusion patterns recognise as composites, beside those that came as such."""
+    found: dict[str, int] = {}
     if _kernels_for(module, context) is not None:
         grouped.raise_products(module)
     if (device := _kernels_for(module, context, spread=True)) is not None:
         disabled = frozenset(context.config.disable)
         given = context.fuel, context.report, disabled, context.kernels
-        context.fusions = dict(fusion.fuse(module, device, *given))
-    context.fusions |= composites.count(module)
+        found |= fusion.fuse(module, device, *given)
+    found |= composites.count(module)
+    for name, count in found.items():
+        context.fusions[name] = context.fusions.get(name, 0) + count * context.repeats
 
 
 def choose_kernels(module: ir.Module, context: Context) -> None:
@@ -147,6 +158,22 @@ def _kernels_for(module: ir.Module, context: Context, *, spread: bool = False) -
     # A kernel is not the same to the last bit; and XLA cannot partition one, but would gather its operands.
     one = m.partitions(module) == 1
     return context.device if context.config.may_be_inexact and context.device.is_known and (one or spread) else None
+
+
+def find_layers(module: ir.Module, context: Context) -> None:
+    """A stage's body that holds layers that are alike apart from the module, where they may become a loop."""
+    config = context.config
+    if config.level == "none" or config.layers == "unrolled" or m.partitions(module) > 1 or not weights(module):
+        return
+    # Elsewhere, whether a loop over stacked weights slows the run has not been measured.
+    if config.layers == "loop" or _has_onednn(module, context):
+        context.stacks = layers.take_out(module)
+
+
+def roll_layers(module: ir.Module, context: Context) -> None:
+    """A stage's body that has a loop run layers that are alike, or puts their ops back."""
+    stacks, context.stacks = context.stacks, []
+    context.layers |= rolled.put_back(module, stacks, context.config.layers)
 
 
 def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
@@ -171,6 +198,7 @@ def stages(context: Context) -> list[Stage]:
     )
     return [
         Stage("inline", lambda module, context: m.inline_calls(module)),
+        Stage("find layers", find_layers),
         # A decomposition that many ops share is canonicalized once, before it takes the place of each.
         Stage(
             "canonicalize decompositions",
@@ -184,6 +212,7 @@ def stages(context: Context) -> list[Stage]:
         Stage("choose kernels", choose_kernels),
         *([Stage("pack weights", pack)] if on_cpu else []),
         last,
+        Stage("roll layers", roll_layers),
         Stage("finish", mlir("cse,symbol-dce")),
     ]
 
@@ -193,6 +222,10 @@ def optimize_module(module: ir.Module, context: Context) -> None:
     with no_collections():
         for stage in stages(context):
             start = time.perf_counter()
+            for stack in context.stacks if stage.run is not roll_layers else ():
+                context.repeats = stack.count
+                stage.run(stack.layer, context)
+            context.repeats = 1
             stage.run(module, context)
             context.seconds[stage.name] = time.perf_counter() - start
 

@@ -6,6 +6,7 @@ os.environ.setdefault(
     "cuda,cpu" if os.path.exists("/dev/nvidia0") else "rocm,cpu" if os.path.exists("/dev/kfd") else "cpu",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
 
 import jax
 import pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import traceback
 import warnings
@@ -12,6 +13,8 @@ import torch
 from torch._decomp import decomposition_table
 
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
+from kpx.bridges.torch.decompose import decompose_apart
+from kpx.bridges.torch.interpret import is_known
 from kpx.bridges.torch.registry import RULES
 from kpx.errors import CaptureError
 
@@ -34,7 +37,7 @@ def capture(
         CaptureError: the model's Python depends on values of its tensors, or export refused it.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _lazy_code():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
             return decomposed(program)
@@ -42,9 +45,19 @@ def capture(
         raise CaptureError(_explained(model, error)) from error
 
 
+def _lazy_code() -> contextlib.AbstractContextManager:
+    """PyTorch writes a graph's Python code only when it is called, where it can be told so."""
+    try:
+        from torch.fx._lazy_graph_module import _use_lazy_graph_module
+    except ImportError:
+        return contextlib.nullcontext()
+    return _use_lazy_graph_module(True)
+
+
 def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """An exported program without in-place ops, and with rules for as many of its ops as there are."""
-    return program.run_decompositions(_decompositions())
+    table = _decompositions()
+    return program if decompose_apart(program, table, is_known) else program.run_decompositions(table)
 
 
 def _decompositions() -> dict:

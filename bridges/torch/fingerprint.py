@@ -107,7 +107,8 @@ def _own_files() -> list[str]:
     found = []
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if not isinstance(file, str) or not file.endswith(".py"):
+        # What was loaded from a file has all of its path; PyTorch gives modules that it makes up a bare name.
+        if not isinstance(file, str) or not file.endswith(".py") or not os.path.isabs(file):
             continue
         folders = pathlib.Path(file).resolve().parents
         if not any(folder in installed for folder in folders) and ours not in folders:

@@ -73,7 +73,7 @@ def check_supported(graph: torch.fx.Graph) -> None:
     """Raises `UnsupportedError` with every op that has no rule, and the module paths using it."""
     missing: dict[str, list[str]] = {}
     for node in (n for g in _graphs(graph) for n in g.nodes):
-        if node.op == "call_function" and not _known(op := _op_of(node)):
+        if node.op == "call_function" and not is_known(op := _op_of(node)):
             path = module_path(node) or "the model itself"
             paths = missing.setdefault(str(op), [])
             if path not in paths:
@@ -92,7 +92,8 @@ def _op_of(node: torch.fx.Node) -> Any:
     return node.args[1] if node.target is torch.ops.higher_order.with_effects else node.target
 
 
-def _known(target: Any) -> bool:
+def is_known(target: Any) -> bool:
+    """Whether an op has a rule, or needs none."""
     return target in _CHECKS or target in _PYTHON or rule_of(target) is not None
 
 

@@ -97,7 +97,7 @@ def _op(op: Any, functions: dict[str, Any]) -> tuple[float, float]:
         return flops * trips, moved * trips
     moved = 0.0
     if isinstance(op, _READS_MEMORY):
-        moved = sum(type_bytes(v.type) for v in [*op.operands, *op.results])
+        moved = sum(type_bytes(v.type) for v in [*op.operands, *op.results]) - _not_read(op)
     return _flops(op, kind), moved
 
 
@@ -134,6 +134,19 @@ def _flops(op: Any, kind: str) -> float:
     return float(m.size(op.results[0])) if isinstance(op.results[0].type, ir.RankedTensorType) else 0.0
 
 
+def _onednn_config(op: Any) -> dict[str, Any]:
+    given = op.operation.attributes
+    return m.dictionary(given["mhlo.backend_config" if "mhlo.backend_config" in given else "backend_config"])
+
+
+def _not_read(op: Any) -> float:
+    """The bytes of a stack of weights that a call does not read: those of other layers."""
+    if not isinstance(op, stablehlo.CustomCallOp) or not op.call_target_name.value.startswith("kpx_onednn"):
+        return 0.0
+    stride = _onednn_config(op).get("stride")
+    return 0.0 if stride is None else type_bytes(op.operands[1].type) - m.integers(stride)[0]
+
+
 def _onednn_flops(op: Any) -> float | None:
     """The operations of a call of oneDNN's products, by the attributes that kernels/onednn.cc describes."""
     target = op.call_target_name.value
@@ -141,9 +154,7 @@ def _onednn_flops(op: Any) -> float | None:
         return None
     if target == "kpx_onednn_pack":
         return 0.0
-    given = op.operation.attributes
-    config = m.dictionary(given["mhlo.backend_config" if "mhlo.backend_config" in given else "backend_config"])
-    sizes = m.integers(config["sizes"])
+    sizes = m.integers(_onednn_config(op)["sizes"])
     if target == "kpx_onednn_matmul":
         rows, columns, inner, _ = sizes
         return 2.0 * rows * columns * inner

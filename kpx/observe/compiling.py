@@ -116,6 +116,7 @@ def _described(compiled: Any) -> dict[str, Any]:
         "memory": {name: getattr(memory, name) for name in memory.__dataclass_fields__} | {"fits": memory.fits},
         "rewrites": compiled.rewrites,
         "kernels": compiled.kernels,
+        "layers": compiled.layers,
         "seconds": compiled.compile_seconds,
         "remarks": list(compiled.remarks),
     }

@@ -212,7 +212,8 @@ def report(compiled: Compiled) -> Report:
     return Report(
         target, cost.predicted_seconds, bounds["compute"], bounds["memory"], cost.exchange_seconds, cost.flops,
         cost.bytes, compiled.memory, ordered, tuple(advice(compiled)), compiled.rewrites, compiled.reverted,
-        compiled.kernels, tuple(dataclasses.asdict(c) for c in compiled.collectives), compiled.remarks,
+        compiled.kernels, tuple(dataclasses.asdict(c) for c in compiled.collectives),
+        (*compiled.remarks, *(f"{what}: {how}." for what, how in compiled.layers.items())),
     )  # fmt: skip
 
 

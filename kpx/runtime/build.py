@@ -117,6 +117,9 @@ class _Built:
         return [*prepared, *(weights[i] for i in self.kept_weights)]
 
 
+_TOLD = ("kernels", "fusions", "measured", "layers")  # of a context, what is kept with a program
+
+
 class ModelProgram:
     """A function of weights and inputs, compiled: weights are prepared once, inputs given at each call.
 
@@ -157,8 +160,10 @@ class ModelProgram:
                 self._use(self._restored(saved))
             return
         with self._tracing():
+            start = time.perf_counter()
             lowered = lower_for(target, jax.jit(function, keep_unused=True), *self._structs)
             module = lowered.compiler_ir("stablehlo")
+            traced = time.perf_counter() - start
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
             decision = gate.Decision(module, target, config, environment(target))
@@ -168,6 +173,7 @@ class ModelProgram:
             built = self._build(module, decision.config, decision.options)
             self._seconds = time.perf_counter() - start
         decision.tell(built.context)
+        built.context.seconds["trace"] = traced
         self._decision, self._example = decision, example
         self._use(built)
 
@@ -192,7 +198,7 @@ class ModelProgram:
     def _compiled(self, halves: Split, context: Context, kept: list[int], options: Mapping[str, str]) -> _Built:
         """The halves of a module, compiled."""
         target, config = self._target, self._config
-        executable, prepared = None, []
+        executable, prepared, start = None, [], time.perf_counter()
         if halves.prepare is not None:
             given = [self._structs[0][i] for i in halves.prepare_weights]
             prepare = jax.jit(call_module(halves.prepare)).lower(*given)
@@ -203,7 +209,9 @@ class ModelProgram:
         run = lower_for(
             target, jax.jit(call_module(halves.run), keep_unused=True), *prepared, *weights, *self._structs[1]
         )
-        return _Built(halves, context, executable, compile_lowered(run, target, config, options), kept, dict(options))
+        compiled = compile_lowered(run, target, config, options)
+        context.seconds["compile"] = time.perf_counter() - start
+        return _Built(halves, context, executable, compiled, kept, dict(options))
 
     def saved(self) -> dict[str, Any]:
         """What another process needs to go on without tracing and rewriting the function: plain data."""
@@ -211,7 +219,7 @@ class ModelProgram:
         halves = {name: None if half is None else m.bytecode(half)
                   for name, half in (("prepare", built.halves.prepare), ("run", built.halves.run))}  # fmt: skip
         split_at = (built.halves.prepare_weights, built.halves.kept_weights, built.halves.inputs)
-        told = {name: dict(getattr(context, name)) for name in ("kernels", "fusions", "measured")}
+        told = {name: dict(getattr(context, name)) for name in _TOLD}
         report = {"counts": dict(context.report.counts), "reverted": dict(context.report.reverted)}
         return {**halves, "at": split_at, "kept": built.kept_weights, "options": built.options, **told, **report}
 
@@ -219,7 +227,7 @@ class ModelProgram:
         context = _context(self._target, self._config)
         context.report.counts.update(saved["counts"])
         context.report.reverted.update(saved["reverted"])
-        for name in ("kernels", "fusions", "measured"):
+        for name in _TOLD:
             getattr(context, name).update(saved[name])
         prepare, run = (None if saved[name] is None else m.load(saved[name]) for name in ("prepare", "run"))
         return self._compiled(Split(prepare, run, *saved["at"]), context, saved["kept"], saved["options"])

@@ -30,11 +30,13 @@ from kpx.ir.rewrite import REWRITES, is_pure
 from kpx.kernels import registry
 from kpx.kernels.pattern_check import root_mean_square
 from kpx.kernels.selection import PLAIN
+from kpx.passes import rolled
 from kpx.pipeline import Context
 from kpx.runtime import choices
 from kpx.runtime.choices import Choice
 
 KERNELS = "kernels"
+LAYERS = "layers"
 _PAIRS = 5  # of runs, at least, before one way replaces another
 _MOST_PAIRS = 25
 _LEAST_GAIN = 0.02
@@ -134,7 +136,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def groups(context: Context) -> dict[str, tuple[str, ...]]:
-    """The optional parts of what was done to a module: families of rewrites with their names, kernels with the ops'."""
+    """The optional parts of what was done to a module: families of rewrites with their names, kernels with the ops', and
+    that layers are a loop."""
     found: dict[str, list[str]] = {}
     for name in context.report.counts:
         rule = REWRITES.get(name)
@@ -144,6 +147,8 @@ def groups(context: Context) -> dict[str, tuple[str, ...]]:
     fusions = [name for name in context.fusions if name not in kernels and not name.startswith("kpx.")]
     if kernels or fusions:
         found[KERNELS] = [*kernels, *fusions]
+    if rolled.LOOP in context.layers.values():
+        found[LAYERS] = []
     return {name: tuple(sorted(set(members))) for name, members in found.items()}
 
 
@@ -157,7 +162,8 @@ def without(config: Config, dropped: Mapping[str, str], families: Mapping[str, S
                 kernels.setdefault(name, PLAIN)
             else:
                 disabled.append(name)
-    return dataclasses.replace(config, disable=tuple(dict.fromkeys(disabled)), kernels=kernels)
+    layers = "unrolled" if LAYERS in dropped else config.layers
+    return dataclasses.replace(config, disable=tuple(dict.fromkeys(disabled)), kernels=kernels, layers=layers)
 
 
 def _all_of(group: str) -> list[str]:

@@ -77,7 +77,7 @@ def test_keys_that_all_heads_share_are_left_to_xla_where_heads_are_split():
     assert compiled.fusions == {"kpx.attention and its gradient": 1}
 
 
-@pytest.mark.parametrize("axes", [{"data", "model"}, {"model"}], ids=str)
+@pytest.mark.parametrize("axes", [{"data", "model"}, {"model"}], ids=lambda axes: "+".join(sorted(axes)))
 def test_what_is_one_devices_already_is_left_to_xla(axes):
     target = kpx.Target("tpu-v5e:2x2")
     split = P(None, "model") if axes == {"model"} else P("data", "model")

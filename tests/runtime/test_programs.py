@@ -101,6 +101,11 @@ def test_a_file_of_the_users_that_changed_makes_another_program(tmp_path, monkey
     assert fingerprint(Model(), "key", {}, None) != before
 
 
+def test_a_model_has_a_word_wherever_its_process_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(Model(), "key", {}, None) is not None
+
+
 @pytest.mark.parametrize(
     "what", [lambda x: x, object(), iter([]), torch.zeros(1 << 17)], ids=["closure", "object", "iterator", "large"]
 )
