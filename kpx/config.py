@@ -33,9 +33,10 @@ class Config:
             words. `"highest"`: in f32. `"high"`: each f32 factor as a sum of two bf16, which keeps
             about 16 of 24 bits and is faster where the CPU has bf16 units.
         prepare: compute what depends on weights alone once, at load.
-        layers: of a model whose layers are alike. `"auto"`: they run as a loop over their stacked weights where that does not
-            slow the run, so that the time to compile does not grow with their number. `"loop"`: also where XLA copies the
-            weights of each layer, as on a target whose kernels do not read them from a stack. `"unrolled"`: never.
+        layers: of a model whose layers are alike. `"auto"`: from 16 on they run as a loop over their stacked weights where
+            that does not slow the run, so that the time to compile does not grow with their number. `"loop"`: from 4 on, and
+            also where XLA copies the weights of each layer, as on a target whose kernels do not read them from a stack.
+            `"unrolled"`: never.
         verify_each: verify the module after every single rewrite (slow; finds a faulty one at once).
         disable: names of rewrites to leave out.
         kernels: by fused op, the implementation to use: `{"kpx.attention": "flash_cuda"}`, or `"xla"` for none.

@@ -166,8 +166,10 @@ def find_layers(module: ir.Module, context: Context) -> None:
     if config.level == "none" or config.layers == "unrolled" or m.partitions(module) > 1 or not weights(module):
         return
     # Elsewhere, whether a loop over stacked weights slows the run has not been measured.
-    if config.layers == "loop" or _has_onednn(module, context):
+    if config.layers == "loop":
         context.stacks = layers.take_out(module)
+    elif _has_onednn(module, context):
+        context.stacks = layers.take_out(module, layers.WORTHWHILE)
 
 
 def roll_layers(module: ir.Module, context: Context) -> None:

@@ -23,7 +23,10 @@ CALL = "kpx.layer"
 """What the name of a call that stands for a layer begins with."""
 
 LEAST = 4
-"""Fewer layers are left as they are."""
+"""Fewer layers are left as they are, whatever is asked for."""
+
+WORTHWHILE = 16
+"""Fewer layers compile as fast one by one."""
 
 _LEAST_OPS = 8  # of a layer: less is compiled in no time
 _PERIODS = 24  # distances between equal ops that are tried
@@ -54,8 +57,8 @@ class Stack:
     paths: list[str]
 
 
-def take_out(module: ir.Module) -> list[Stack]:
-    """Puts a call in place of each layer of those that are alike, in place; gives the layers.
+def take_out(module: ir.Module, least: int = LEAST) -> list[Stack]:
+    """Puts a call in place of each layer of those that are alike, in place; gives the layers, if there are so many.
 
     Taken are layers whose own arrays are weights, and of which nothing is read but what the last one gives. Those with
     convolutions are not: how what these read lies in memory is decided for all of them together.
@@ -63,8 +66,8 @@ def take_out(module: ir.Module) -> list[Stack]:
     ops = list(m.entry_block(m.main(module)).operations)
     place, found = _Place(ops), []
     with module.context, ir.Location.unknown():
-        for wide in runs([_label(op) for op in ops]):
-            parts = (_Parts.of(place, run) for run in place.phases(wide))
+        for wide in runs([_label(op) for op in ops], least):
+            parts = (_Parts.of(place, run) for run in place.phases(wide) if run.count >= least)
             if (first := next((p for p in parts if p is not None), None)) is not None:
                 found.append(_taken(module, first, f"{CALL}.{len(found)}"))
     return found
@@ -87,21 +90,22 @@ class Run:
         return self.start + self.period * self.count
 
 
-def runs(labels: Sequence[Hashable], first: int = 0) -> Iterator[Run]:
-    """Where equal stretches of labels follow each other at least `LEAST` times: the longest, and those around it.
+def runs(labels: Sequence[Hashable], least: int = LEAST, first: int = 0) -> Iterator[Run]:
+    """Where equal stretches of labels follow each other: the longest, and those around it.
 
     Args:
+        least: how often.
         first: the position of the first label.
     """
     numbers: dict[Hashable, int] = {}
-    best = _longest(np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64))
+    best = _longest(np.array([numbers.setdefault(label, len(numbers)) for label in labels], np.int64), least)
     if best is not None:
-        yield from runs(labels[: best.start], first)
+        yield from runs(labels[: best.start], least, first)
         yield replace(best, start=first + best.start)
-        yield from runs(labels[best.end + best.slack :], first + best.end + best.slack)
+        yield from runs(labels[best.end + best.slack :], least, first + best.end + best.slack)
 
 
-def _longest(sequence: np.ndarray) -> Run | None:
+def _longest(sequence: np.ndarray, least: int) -> Run | None:
     """The run that spares most ops."""
     best, spared = None, 0
     for period in _periods(sequence):
@@ -109,7 +113,7 @@ def _longest(sequence: np.ndarray) -> Run | None:
         edges = np.flatnonzero(np.diff(equal.astype(np.int8)))
         for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             count = (end - begin) // period + 1
-            if count >= LEAST and (count - 1) * period > spared:
+            if count >= least and (count - 1) * period > spared:
                 best, spared = Run(begin, period, count, (end - begin) % period), (count - 1) * period
     return best
 
@@ -179,9 +183,7 @@ class _Place:
                 first, last = max(i + 1, middle), min(self.last.get(result, -1), middle + run.period - 1)
                 alive[max(first - middle, 0) : max(last - middle + 1, 0)] += 1 + m.size(result)
         for phase in np.argsort(alive, kind="stable")[:_PHASES].tolist():
-            count = run.count - (phase > run.slack)
-            if count >= LEAST:
-                yield Run(run.start + phase, run.period, count)
+            yield Run(run.start + phase, run.period, run.count - (phase > run.slack))
 
 
 # Taking out -------------------------------------------------------------------------------------

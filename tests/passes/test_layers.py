@@ -64,7 +64,7 @@ def _run(model, *inputs, **config):
 def test_a_loop_of_layers_gives_what_the_layers_give(count, dtype):
     model, x = _model(count).to(dtype), X.to(dtype)
     unrolled, before = _run(model, x, layers="unrolled")
-    looped, after = _run(model, x)
+    looped, after = _run(model, x, layers="loop")
     assert before.layers == {}
     assert list(after.layers.values()) == ["a loop"]
     assert "stablehlo.while" in after.stablehlo
@@ -76,28 +76,34 @@ def test_a_loop_of_layers_gives_what_the_layers_give(count, dtype):
 
 
 @needs_onednn
+def test_sixteen_layers_are_a_loop_and_fifteen_are_not():
+    assert list(_run(_model(16), X)[1].layers.values()) == ["a loop"]
+    assert _run(_model(15), X)[1].layers == {}
+
+
+@needs_onednn
 def test_the_module_and_the_executable_do_not_grow_with_the_layers():
     sizes = {}
-    for count in (6, 48):
+    for count in (18, 48):
         _, compiled = _run(_model(count), X)
         sizes[count] = len(compiled.stablehlo.splitlines()), len(compiled.hlo.splitlines())
-    assert sizes[48] == sizes[6]
+    assert sizes[48] == sizes[18]
 
 
 @needs_onednn
 def test_operations_and_bytes_are_counted_for_every_layer():
     flops = {}
-    for how in ("unrolled", "auto"):
+    for how in ("unrolled", "loop"):
         _, compiled = _run(_model(8), X, layers=how)
         flops[how] = cost.cost(compiled._module)
-    assert flops["auto"].flops == pytest.approx(flops["unrolled"].flops, rel=0.01)
-    assert flops["auto"].bytes < 1.5 * flops["unrolled"].bytes
+    assert flops["loop"].flops == pytest.approx(flops["unrolled"].flops, rel=0.01)
+    assert flops["loop"].bytes < 1.5 * flops["unrolled"].bytes
 
 
 @needs_onednn
 def test_what_all_layers_read_is_not_stacked():
     model, bias = _model(6), torch.randn(128)
-    looped, compiled = _run(model, X, bias)
+    looped, compiled = _run(model, X, bias, layers="loop")
     assert list(compiled.layers.values()) == ["a loop"]
     torch.testing.assert_close(looped, _run(model, X, bias, layers="unrolled")[0], rtol=0, atol=0)
 
@@ -106,7 +112,7 @@ def test_what_all_layers_read_is_not_stacked():
 def test_a_layer_that_differs_from_its_neighbours_stays_out_of_the_loop():
     model = _model(9)
     model.blocks[4] = Block(scale=0.5)
-    looped, compiled = _run(model, X)
+    looped, compiled = _run(model, X, layers="loop")
     assert len(compiled.layers) == 1
     assert "a loop" in compiled.layers.values()
     assert compiled.stablehlo.count("stablehlo.while") == 2
@@ -116,7 +122,7 @@ def test_a_layer_that_differs_from_its_neighbours_stays_out_of_the_loop():
 @needs_onednn
 def test_layers_whose_results_are_all_read_stay_as_they_are():
     model = _model(6, every=True)
-    found, compiled = _run(model, X)
+    found, compiled = _run(model, X, layers="loop")
     assert compiled.layers == {}
     with torch.no_grad():
         torch.testing.assert_close(found, model(X), rtol=1e-4, atol=1e-4)
@@ -124,15 +130,15 @@ def test_layers_whose_results_are_all_read_stay_as_they_are():
 
 @needs_onednn
 def test_weights_that_xla_would_copy_leave_the_layers_unrolled_unless_a_loop_is_asked_for():
-    model, x = _model(5), X[:2]  # so few rows are XLA's own product
+    model, x = _model(17), X[:2]  # so few rows are XLA's own product
     unrolled, compiled = _run(model, x)
     (told,) = compiled.layers.values()
     assert told == "unrolled: XLA would copy 0.3 MB of weights in each"
-    assert "blocks/4/" in compiled.hlo
+    assert "blocks/16/" in compiled.hlo
     assert "blocks/0/" in compiled.hlo
     looped, compiled = _run(model, x, layers="loop")
     assert list(compiled.layers.values()) == ["a loop"]
-    assert "blocks/0..4/" in compiled.hlo
+    assert "blocks/0..16/" in compiled.hlo
     torch.testing.assert_close(looped, unrolled, rtol=1e-5, atol=1e-5)
 
 
@@ -155,7 +161,7 @@ def test_a_loop_needs_neither_onednn_nor_more_than_weights(monkeypatch):
 
 @pytest.mark.parametrize("config", [{"prepare": False}, {"level": "none"}, {"layers": "unrolled"}], ids=str)
 def test_layers_stay_where_they_are(config):
-    _, compiled = _run(_model(6), X, **config)
+    _, compiled = _run(_model(16), X, **config)
     assert compiled.layers == {}
     assert "stablehlo.while" not in compiled.stablehlo
 
@@ -201,7 +207,7 @@ def test_layers_taken_out_and_unrolled_again_compute_the_same(seed, monkeypatch)
     model = _model(4 + seed % 3)
     for block in model.blocks:
         block.norm = torch.nn.Identity() if seed % 2 else block.norm
-    got, compiled = _run(model, X)
+    got, compiled = _run(model, X, layers="loop")
     assert list(compiled.layers.values()) == ["unrolled: the test wants it"]
     torch.testing.assert_close(got, _run(model, X, layers="unrolled")[0], rtol=1e-6, atol=1e-6)
     assert m.parse(compiled.stablehlo) is not None

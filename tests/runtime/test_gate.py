@@ -263,3 +263,27 @@ def test_processes_that_measure_at_once_lose_and_damage_nothing(tmp_path):
     for process in running:
         assert process.wait(timeout=300) == 0, process.stderr and process.stderr.read()
     assert len(_memory()["choices"]) == 6
+
+
+def test_a_loop_of_layers_that_is_slower_is_taken_back(monkeypatch):
+    from kpx.passes import rolled
+    from tests.passes.test_layers import X as x
+    from tests.passes.test_layers import _model, needs_onednn
+
+    if needs_onednn.args[0]:
+        pytest.skip(needs_onednn.kwargs["reason"])
+
+    def slow(layer, turns, carried, *rest, made=rolled._loop):
+        y = carried[0]
+        for _ in range(3000):
+            y = stablehlo.tanh(y)
+        return made(layer, turns, [stablehlo.add(carried[0], stablehlo.multiply(y, m.like(y, 0.0)))], *rest)
+
+    monkeypatch.setattr(rolled, "_loop", slow)
+    model = _model(16)
+    optimized = kpx.optimize(model)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
+    compiled = optimized.compile_for([x], {})
+    assert "of the time" in compiled.reverted["layers"]
+    assert compiled.layers == {}
