@@ -92,7 +92,7 @@ def iree(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     return call
 
 
-def _onnx(model: torch.nn.Module, inputs: dict[str, Any], folder: str) -> str:
+def onnx_file(model: torch.nn.Module, inputs: dict[str, Any], folder: str) -> str:
     """The model as an ONNX file."""
     path = os.path.join(folder, "model.onnx")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -110,7 +110,7 @@ def onnx_runtime(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(
-            _onnx(model, inputs, folder), options, providers=["CPUExecutionProvider"]
+            onnx_file(model, inputs, folder), options, providers=["CPUExecutionProvider"]
         )
     wanted = [i.name for i in session.get_inputs()]
     if any(t.dtype == torch.bfloat16 for t in inputs.values()):
@@ -131,7 +131,7 @@ def openvino(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     with tempfile.TemporaryDirectory() as folder:
         # OpenVINO computes in bf16 by its hint; it is given the f32 model, as its own documentation has it.
         wide = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-        converted = ov.convert_model(_onnx(model.float(), wide, folder))
+        converted = ov.convert_model(onnx_file(model.float(), wide, folder))
         model.to(dtype)
         compiled = ov.Core().compile_model(converted, "CPU", precision)
     arrays = [t.numpy() for t in wide.values()]
