@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import json
 import multiprocessing
 import os
@@ -53,8 +52,9 @@ def main(arguments=None) -> int:
     seeds = range(options.first, options.first + options.count, _SOME)
     context = multiprocessing.get_context("spawn")
     # A worker ends after some turns, and its compiled programs with it.
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, max_tasks_per_child=10) as pool:
-        for found in track(pool.map(check_some, seeds), "checking", len(seeds), console=Console(stderr=True)):
+    # (concurrent.futures' pool of Python 3.11 waits for ever once workers end so.)
+    with context.Pool(os.cpu_count(), maxtasksperchild=10) as pool:
+        for found in track(pool.imap(check_some, seeds), "checking", len(seeds), console=Console(stderr=True)):
             total["fired"] += found["fired"]
             differs |= found["differs"]
     result = {

@@ -77,7 +77,7 @@ def iree(model: torch.nn.Module, inputs: dict[str, Any]) -> Call:
     with jax.enable_x64(True):
         text = m.text(jitted.lower(weights, arrays).compiler_ir("stablehlo"), large_constants=True)
     text = "\n".join(line for line in text.splitlines() if "sdy.mesh" not in line)  # of no devices; IREE has no Shardy
-    options = ["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3"]
+    options = ["--iree-llvmcpu-target-cpu=host", "--iree-opt-level=O3", "--iree-llvmcpu-stack-allocation-limit=1048576"]
     compiled = iree.compiler.compile_str(text, input_type="stablehlo", target_backends=["llvm-cpu"], extra_args=options)
     config = rt.Config("local-task")
     context = rt.SystemContext(config=config)
