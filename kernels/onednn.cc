@@ -3,6 +3,7 @@
 //
 // Weights are packed once, at load, in the order that oneDNN's kernels read:
 //   kpx_onednn_pack(weights) -> bytes, with the attributes `sizes` and `layout` of the call that reads them.
+//   kpx_onednn_quantized(x, packed, scales of columns, operands of steps...): weights are int8, x is quantized row by row.
 // Attributes, arrays of int64:
 //   sizes of a product: rows, columns, inner size, and into how many blocks of columns it is cut for packing;
 //   sizes of a convolution, channels last: batch, height, width, channels, the kernel's height and width, channels out,
@@ -13,118 +14,10 @@
 //     layer's number (s32).
 
 #include "onednn_attention.h"
+#include "onednn_product.h"
+#include "onednn_quantized.h"
 
 namespace {
-
-enum Step : int64_t { kBias = 1, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kLogistic, kAdd, kMultiply, kScale, kShift };
-
-struct Steps {
-  Span codes;
-  std::vector<Type> types;  // of the operands, in order
-
-  static bool TakesVector(int64_t code) { return code == kBias || code == kScale || code == kShift; }
-  static bool TakesOperand(int64_t code) { return TakesVector(code) || code == kAdd || code == kMultiply; }
-  bool HasBias() const { return codes.size > 0 && codes.data[0] == kBias; }
-  void Describe(Key* key) const {
-    for (int64_t i = 0; i < codes.size; ++i) key->push_back(codes.data[i]);
-    for (Type type : types) key->push_back(static_cast<int64_t>(type));
-  }
-};
-
-// Adds the steps after a bias to a primitive's attributes; `like` describes an operand, a vector or as large as the result.
-void Append(const Steps& steps, const std::function<memory::desc(Type, bool)>& like, dnnl::primitive_attr* attributes,
-            std::vector<std::pair<int, memory::desc>>* arguments) {
-  dnnl::post_ops post;
-  size_t operand = steps.HasBias() ? 1 : 0;
-  for (int64_t i = operand; i < steps.codes.size; ++i) {
-    switch (steps.codes.data[i]) {
-      case kRelu: post.append_eltwise(algorithm::eltwise_relu, 0, 0); break;
-      case kGelu: post.append_eltwise(algorithm::eltwise_gelu_erf, 0, 0); break;
-      case kGeluTanh: post.append_eltwise(algorithm::eltwise_gelu_tanh, 0, 0); break;
-      case kSilu: post.append_eltwise(algorithm::eltwise_swish, 1, 0); break;
-      case kTanh: post.append_eltwise(algorithm::eltwise_tanh, 0, 0); break;
-      case kLogistic: post.append_eltwise(algorithm::eltwise_logistic, 0, 0); break;
-      case kAdd:
-      case kMultiply:
-      case kScale:
-      case kShift: {
-        const int64_t code = steps.codes.data[i];
-        const memory::desc desc = like(steps.types.at(operand++), Steps::TakesVector(code));
-        const bool adds = code == kAdd || code == kShift;
-        const int name = DNNL_ARG_ATTR_MULTIPLE_POST_OP(post.len()) | DNNL_ARG_SRC_1;
-        post.append_binary(adds ? algorithm::binary_add : algorithm::binary_mul, desc);
-        arguments->emplace_back(name, desc);
-        break;
-      }
-      default: throw std::runtime_error("a step that is not known");
-    }
-  }
-  attributes->set_post_ops(post);
-  attributes->set_scratchpad_mode(dnnl::scratchpad_mode::user);
-}
-
-template <class Description>
-Ready Finished(const Description& pd, std::vector<std::pair<int, memory::desc>> arguments) {
-  if (std::strstr(pd.impl_info_str(), "ref") != nullptr) throw std::runtime_error("oneDNN has but a plain loop for it");
-  return {dnnl::primitive(pd), std::move(arguments), pd.weights_desc(), pd.scratchpad_desc()};
-}
-
-// Products ----------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kTile = 64;        // columns that packed weights hold together
-constexpr int64_t kPackedFor = 128;  // rows of the product that decides how weights are packed
-
-// Packed weights begin at multiples of a cache line.
-int64_t Aligned(size_t bytes) { return static_cast<int64_t>((bytes + 63) / 64 * 64); }
-
-struct Product {
-  int64_t rows, columns, inner, blocks;
-  Type in, out;
-  Steps steps;
-
-  // Blocks of columns start at multiples of a tile.
-  int64_t Start(int64_t block) const {
-    return block == blocks ? columns : std::min(columns, (block * columns / blocks + kTile - 1) / kTile * kTile);
-  }
-  int64_t Width(int64_t block) const { return Start(block + 1) - Start(block); }
-
-  Ready Make(int64_t height, int64_t width, const memory::desc& weights, const Steps& then) const {
-    std::vector<std::pair<int, memory::desc>> arguments = {
-        {DNNL_ARG_SRC, RowMajor(height, inner, inner, in)},
-        {DNNL_ARG_WEIGHTS, weights},
-        {DNNL_ARG_DST, RowMajor(height, width, columns, out)},
-    };
-    const memory::desc source = arguments[0].second, result = arguments[2].second;
-    memory::desc bias;
-    if (then.HasBias()) {
-      bias = RowMajor(1, width, width, then.types[0]);
-      arguments.emplace_back(DNNL_ARG_BIAS, bias);
-    }
-    dnnl::primitive_attr attributes;
-    const auto like = [&](Type type, bool is_vector) {
-      return is_vector ? RowMajor(1, width, width, type) : RowMajor(height, width, columns, type);
-    };
-    Append(then, like, &attributes, &arguments);
-    return Finished(dnnl::matmul::primitive_desc(Engine(), source, weights, bias, result, attributes), arguments);
-  }
-
-  const Ready& Packing(int64_t width) const {
-    return Cached({0, std::min(rows, kPackedFor), width, inner, static_cast<int64_t>(in)}, [&] {
-      const memory::desc any({inner, width}, in, memory::format_tag::any);
-      return Make(std::min(rows, kPackedFor), width, any, Steps{{nullptr, 0}, {}});
-    });
-  }
-
-  const Ready& For(int64_t height, int64_t width) const {
-    Key key = {1, height, width, columns, inner, std::min(rows, kPackedFor), static_cast<int64_t>(in),
-               static_cast<int64_t>(out)};
-    steps.Describe(&key);
-    const memory::desc weights = Packing(width).weights;
-    return Cached(key, [&] { return Make(height, width, weights, steps); });
-  }
-
-  int64_t Bytes(int64_t block) const { return Width(block) ? Aligned(Packing(Width(block)).weights.get_size()) : 0; }
-};
 
 // Convolutions ------------------------------------------------------------------------------------------------------
 
@@ -213,20 +106,12 @@ struct Convolution {
 
 // Calls -------------------------------------------------------------------------------------------------------------
 
-Product ProductOf(Span sizes, Type in, Type out, Steps steps) {
-  if (sizes.size != 4) throw std::runtime_error("sizes that are not a product's");
-  const int64_t* s = sizes.data;
-  return {s[0], s[1], s[2], s[3], in, out, std::move(steps)};
-}
-
 Convolution ConvolutionOf(Span sizes, Type in, Type out, Steps steps) {
   if (sizes.size != 16) throw std::runtime_error("sizes that are not a convolution's");
   const int64_t* s = sizes.data;
   return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15],
           in, out, std::move(steps)};
 }
-
-constexpr int64_t kProductSizes = 4;
 
 void Reorder(const memory::desc& from, const void* data, const memory::desc& to, void* result) {
   OneThread one;
@@ -257,42 +142,6 @@ void Pack(XLA_FFI_CallFrame* frame) {
   }
 }
 
-struct Operands {
-  char *x, *weights, *y;
-  std::vector<char*> further;
-  std::vector<Type> types;
-
-  // Where the steps' operands are read from: vectors at a place of their own.
-  std::vector<void*> At(int64_t at, int64_t vectors_at, const Steps& steps) const {
-    std::vector<void*> found;
-    for (int64_t i = 0; i < steps.codes.size; ++i) {
-      const int64_t code = steps.codes.data[i], place = static_cast<int64_t>(found.size());
-      if (!Steps::TakesOperand(code)) continue;
-      found.push_back(further.at(place) + (Steps::TakesVector(code) ? vectors_at : at) * Size(types[place]));
-    }
-    return found;
-  }
-};
-
-Operands Read(const XLA_FFI_CallFrame* frame) {
-  Operands found{static_cast<char*>(Argument(frame, 0)->data), static_cast<char*>(Argument(frame, 1)->data),
-                 static_cast<char*>(Result(frame, 0)->data), {}, {}};
-  int64_t count = frame->args.size;
-  if (const Span stride = Attribute(frame->attrs, "stride"); stride.size == 1) {
-    found.weights += *static_cast<int32_t*>(Argument(frame, --count)->data) * stride.data[0];
-  }
-  for (int64_t i = 2; i < count; ++i) {
-    found.further.push_back(static_cast<char*>(Argument(frame, i)->data));
-    found.types.push_back(TypeOf(Argument(frame, i)));
-  }
-  return found;
-}
-
-int64_t UsefulThreads(const XLA_FFI_CallFrame* frame, int64_t flops) {
-  // Waking a thread may take as long as some MFLOP on this one.
-  return std::min(kpx::Threads(frame), std::max<int64_t>(1, flops >> 21));
-}
-
 void Multiply(XLA_FFI_CallFrame* frame) {
   const Operands o = Read(frame);
   const Product p = ProductOf(Attribute(frame->attrs, "sizes"), TypeOf(Argument(frame, 0)), TypeOf(Result(frame, 0)),
@@ -319,6 +168,17 @@ void Multiply(XLA_FFI_CallFrame* frame) {
     Execute(*ready, {o.x + row * p.inner * Size(p.in), o.weights + starts[block], o.y + at * Size(p.out)},
             o.At(at, column, p.steps));
   });
+}
+
+void MultiplyQuantized(XLA_FFI_CallFrame* frame) {
+  Operands o = Read(frame);
+  const float* scales = reinterpret_cast<const float*>(o.further.at(0));
+  o.further.erase(o.further.begin());
+  o.types.erase(o.types.begin());
+  const QuantizedProduct p = {ProductOf(Attribute(frame->attrs, "sizes"), Type::s8, Type::s32, {}),
+                              TypeOf(Argument(frame, 0)), TypeOf(Result(frame, 0)),
+                              {Attribute(frame->attrs, "steps"), o.types}};
+  p.Run(frame, o, scales);
 }
 
 void Convolve(XLA_FFI_CallFrame* frame) {
@@ -364,13 +224,15 @@ extern "C" {
 
 XLA_FFI_Error* kpx_onednn_pack(XLA_FFI_CallFrame* frame) { return Call(frame, Pack); }
 XLA_FFI_Error* kpx_onednn_matmul(XLA_FFI_CallFrame* frame) { return Call(frame, Multiply); }
+XLA_FFI_Error* kpx_onednn_quantized(XLA_FFI_CallFrame* frame) { return Call(frame, MultiplyQuantized); }
 XLA_FFI_Error* kpx_onednn_conv(XLA_FFI_CallFrame* frame) { return Call(frame, Convolve); }
 XLA_FFI_Error* kpx_onednn_attention(XLA_FFI_CallFrame* frame) { return Call(frame, Attend); }
 
 // The bytes that packed weights take, or -1 where oneDNN does not compute such a product or convolution.
-// Types are of the operand, the result, then of the steps' operands: 1 for bf16, 0 for f32.
+// Types are of the operand, the result, then of the steps' operands: 1 for bf16, 0 for f32; and by int8 weights, with the
+// operand quantized, where `quantized` is not 0.
 int64_t kpx_onednn_bytes(const int64_t* sizes, int64_t count, const int64_t* steps, int64_t steps_count,
-                         const int64_t* types, int64_t types_count) {
+                         const int64_t* types, int64_t types_count, int64_t quantized) {
   const auto type = [&](int64_t i) { return types[i] ? Type::bf16 : Type::f32; };
   Steps then{{steps, steps_count}, {}};
   for (int64_t i = 2; i < types_count; ++i) then.types.push_back(type(i));
@@ -380,7 +242,12 @@ int64_t kpx_onednn_bytes(const int64_t* sizes, int64_t count, const int64_t* ste
       c.For(c.batch, 0, c.height_out);
       return Aligned(c.Packing().weights.get_size());
     }
-    const Product p = ProductOf({sizes, count}, type(0), type(1), then);
+    const Product p = quantized ? ProductOf({sizes, count}, Type::s8, Type::s32, {})
+                                : ProductOf({sizes, count}, type(0), type(1), then);
+    if (quantized) {
+      const QuantizedProduct q = {p, type(0), type(1), then};
+      q.Finishing(q.Band());
+    }
     int64_t bytes = 0;
     for (int64_t block = 0; block < p.blocks; ++block) {
       if (!p.Width(block)) continue;

@@ -108,7 +108,8 @@ Type TypeOf(const XLA_FFI_Buffer* buffer) {
   switch (buffer->dtype) {
     case XLA_FFI_DataType_F32: return Type::f32;
     case XLA_FFI_DataType_BF16: return Type::bf16;
-    default: throw std::runtime_error("an array that is neither f32 nor bf16");
+    case XLA_FFI_DataType_S8: return Type::s8;
+    default: throw std::runtime_error("an array that is neither f32, bf16 nor int8");
   }
 }
 

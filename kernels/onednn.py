@@ -21,7 +21,7 @@ import jax
 
 from kpx.kernels import native
 
-TARGETS = ("kpx_onednn_pack", "kpx_onednn_matmul", "kpx_onednn_conv", "kpx_onednn_attention")
+TARGETS = ("kpx_onednn_pack", "kpx_onednn_matmul", "kpx_onednn_quantized", "kpx_onednn_conv", "kpx_onednn_attention")
 # What may follow a product or a convolution in its call; the numbers are those of onednn.cc.
 STEPS = {"bias": 1, "relu": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "tanh": 6, "logistic": 7, "add": 8, "multiply": 9,
          "scale": 10, "shift": 11}  # fmt: skip
@@ -42,19 +42,22 @@ def missing() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def packed_bytes(sizes: Sequence[int], steps: Sequence[int], types: Sequence[str]) -> int | None:
+def packed_bytes(
+    sizes: Sequence[int], steps: Sequence[int], types: Sequence[str], *, quantized: bool = False
+) -> int | None:
     """The bytes of the packed weights of a call, or None where oneDNN computes no such product or convolution.
 
     Args:
         sizes, steps: the attributes of that name, see onednn.cc.
         types: `f32` or `bf16`: of the operand, the result, then of what the steps take.
+        quantized: of a product by int8 weights, whose operand is quantized.
     """
     glue = _load()
     if isinstance(glue, str) or not set(types) <= {"f32", "bf16"}:
         return None
     arrays = [(ctypes.c_int64 * max(len(a), 1))(*a) for a in (sizes, steps, [int(t == "bf16") for t in types])]
     given = [x for a, count in zip(arrays, map(len, (sizes, steps, types)), strict=True) for x in (a, count)]
-    found = glue.kpx_onednn_bytes(*given)
+    found = glue.kpx_onednn_bytes(*given, int(quantized))
     return found if found >= 0 else None
 
 
@@ -83,7 +86,7 @@ def _load() -> ctypes.CDLL | str:
         return str(error)
     glue.kpx_onednn_bytes.restype = ctypes.c_int64
     arrays = ctypes.POINTER(ctypes.c_int64)
-    glue.kpx_onednn_bytes.argtypes = [arrays, ctypes.c_int64] * 3
+    glue.kpx_onednn_bytes.argtypes = [*[arrays, ctypes.c_int64] * 3, ctypes.c_int64]
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(glue, name)), platform="cpu")
     return glue

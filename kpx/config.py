@@ -10,6 +10,7 @@ from typing import Any
 
 from kpx.errors import ConfigError
 from kpx.kernels import registry
+from kpx.precision import Policy, known
 
 LEVELS = ("none", "conservative", "balanced", "aggressive")
 MATMUL_PRECISIONS = ("highest", "high")
@@ -21,7 +22,7 @@ class Config:
     """How a model is optimized.
 
     Every field can be overridden by a variable: `KPX_LEVEL`, `KPX_MATMUL_PRECISION`, `KPX_PREPARE`,
-    `KPX_LAYERS`, `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_KERNELS` (as `kpx.attention=flash_cuda,kpx.norm=xla`),
+    `KPX_PRECISION`, `KPX_LAYERS`, `KPX_VERIFY_EACH`, `KPX_DISABLE` (comma-separated), `KPX_KERNELS` (as `kpx.attention=flash_cuda,kpx.norm=xla`),
     `KPX_KERNEL_CACHE`, `KPX_MEASURE_SECONDS`, `KPX_CHOICES`, `KPX_CACHE_DIR` and `KPX_COMPILE_SECONDS`.
 
     Attributes:
@@ -32,6 +33,9 @@ class Config:
         matmul_precision: how f32 matrix products are computed, in PyTorch's and JAX's sense of the
             words. `"highest"`: in f32. `"high"`: each f32 factor as a sum of two bf16, which keeps
             about 16 of 24 bits and is faster where the CPU has bf16 units.
+        precision: in which precision products, convolutions and attention are computed: a name (`"bf16"`, `"f16"`, `"int8"`; see
+            `kpx.precision.PRECISIONS`), or a `kpx.precision.Policy`. None: in that of the model. What is around them, and the
+            model's parameters, stay as they are. `Compiled.precisions` counts.
         prepare: compute what depends on weights alone once, at load.
         layers: of a model whose layers are alike. `"auto"`: from 16 on they run as a loop over their stacked weights where
             that does not slow the run, so that the time to compile does not grow with their number. `"loop"`: from 4 on, and
@@ -53,6 +57,7 @@ class Config:
 
     level: str = "balanced"
     matmul_precision: str = "highest"
+    precision: str | Policy | None = None
     prepare: bool = True
     layers: str = "auto"
     verify_each: bool = False
@@ -68,6 +73,8 @@ class Config:
         _one_of("level", self.level, LEVELS)
         _one_of("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         _one_of("layers", self.layers, LAYERS)
+        if self.precision is not None and not isinstance(self.precision, Policy):
+            known(self.precision)
         for name in ("prepare", "verify_each"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")

@@ -26,12 +26,14 @@ from kpx.passes import (
     layout,
     library,
     loops,
+    lowered_precision,
     packed,
     precision,
     repeated,
     rolled,
 )
 from kpx.passes.composites import Device
+from kpx.precision import Policy, policy
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Context:
 
     Attributes:
         measured: what was measured of groups of rewrites and kernels, in words (see `kpx.runtime.gate`).
+        precisions: how many products, convolutions and attentions are computed in which precision, where one was asked for.
         layers: what became of layers that are alike, in words (see `kpx.passes.rolled`).
         stacks: such layers, while they are apart from the module.
         repeats: how often the module that a stage is given stands in the model.
@@ -54,6 +57,7 @@ class Context:
     fusions: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     measured: dict[str, str] = field(default_factory=dict)
+    precisions: dict[str, int] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     stacks: list[layers.Stack] = field(default_factory=list)
     repeats: int = 1
@@ -148,6 +152,26 @@ def fuse(module: ir.Module, context: Context) -> None:
         context.fusions[name] = context.fusions.get(name, 0) + count * context.repeats
 
 
+def lower_convolutions(module: ir.Module, context: Context) -> None:
+    """A stage's body that computes convolutions in the precision that was asked for."""
+    _lower(module, context, convolutions=True)
+
+
+def lower_precision(module: ir.Module, context: Context) -> None:
+    """A stage's body that computes products and attention in the precision that was asked for."""
+    _lower(module, context, convolutions=False)
+    rules = canonicalize.RULES if context.device.platform == "cpu" else canonicalize.FOR_FUSION
+    rewriting([*precision.MOVED, *rules], around=precision.MOVED)(module, context)
+
+
+def _lower(module: ir.Module, context: Context, *, convolutions: bool) -> None:
+    asked = context.config.precision
+    assert asked is not None  # else there is no such stage
+    given = policy(asked), context.device, _has_onednn(module, context), context.fuel
+    for name, count in lowered_precision.lower(module, *given, convolutions=convolutions).items():
+        context.precisions[name] = context.precisions.get(name, 0) + count * context.repeats
+
+
 def choose_kernels(module: ir.Module, context: Context) -> None:
     """A stage's body that turns composites into kernels, or into what they were."""
     context.kernels |= composites.lower_composites(module, _kernels_for(module, context))
@@ -165,6 +189,8 @@ def find_layers(module: ir.Module, context: Context) -> None:
     config = context.config
     if config.level == "none" or config.layers == "unrolled" or m.partitions(module) > 1 or not weights(module):
         return
+    if isinstance(config.precision, Policy) and not config.precision.is_the_same_everywhere:
+        return  # a layer may be computed otherwise than the next
     # Elsewhere, whether a loop over stacked weights slows the run has not been measured.
     if config.layers == "loop":
         context.stacks = layers.take_out(module)
@@ -195,6 +221,7 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
 def stages(context: Context) -> list[Stage]:
     """The stages for a target, in order."""
     on_cpu = context.device.platform == "cpu"
+    lowers = context.config.precision is not None and lowered_precision.NAME not in context.config.disable
     last = (
         Stage("choose products", choose_products) if on_cpu else Stage("fold transposes", rewriting(canonicalize.LAST))
     )
@@ -209,8 +236,10 @@ def stages(context: Context) -> list[Stage]:
         *([] if on_cpu else [Stage("know masks", know_masks)]),
         Stage("decompose", decompose),
         Stage("clean up", mlir("cse,symbol-dce")),
+        *([Stage("lower convolutions", lower_convolutions)] if lowers else []),
         Stage("canonicalize, lay out", canonicalize_and_lay_out),
         Stage("fuse", fuse),
+        *([Stage("lower precision", lower_precision)] if lowers else []),
         Stage("choose kernels", choose_kernels),
         *([Stage("pack weights", pack)] if on_cpu else []),
         last,

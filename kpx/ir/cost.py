@@ -155,7 +155,7 @@ def _onednn_flops(op: Any) -> float | None:
     if target == "kpx_onednn_pack":
         return 0.0
     sizes = m.integers(_onednn_config(op)["sizes"])
-    if target == "kpx_onednn_matmul":
+    if target in ("kpx_onednn_matmul", "kpx_onednn_quantized"):
         rows, columns, inner, _ = sizes
         return 2.0 * rows * columns * inner
     if target == "kpx_onednn_conv":

@@ -33,6 +33,8 @@ _DTYPES: dict[str, np.dtype] = {
     "i1": np.dtype(np.bool_),
     **{f"i{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
     **{f"ui{n}": np.dtype(f"uint{n}") for n in (8, 16, 32, 64)},
+    "i4": np.dtype(ml_dtypes.int4),
+    "ui4": np.dtype(ml_dtypes.uint4),
     "complex<f32>": np.dtype(np.complex64),
     "complex<f64>": np.dtype(np.complex128),
     "f8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn),

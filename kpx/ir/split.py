@@ -7,6 +7,7 @@ they are, and the inputs.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,14 @@ from kpx.ir.module import Value, func, ir, stablehlo
 from kpx.ir.rewrite import erase_dead, is_pure
 
 WEIGHT = "kpx.weight"
+LATE = "kpx.late"
+
+
+def computed_late(value: Value) -> Value:
+    """The value, marked as one that is computed at each call even where it depends on weights alone: what it is made of takes
+    less memory."""
+    value.owner.attributes[LATE] = ir.UnitAttr.get()
+    return value
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ def depends_on_weights_alone(value: Value, depth: int = 24) -> bool:
     op = owner.opview
     if isinstance(op, stablehlo.ConstantOp):
         return True
+    if LATE in op.operation.attributes:
+        return False
     if not is_pure(op.operation) or len(op.regions):
         return False
     return all(depends_on_weights_alone(o, depth - 1) for o in op.operands)
@@ -156,6 +167,8 @@ def _free_at_run_time(op: Any) -> bool:
     """Ops whose result is larger than what they read, or the same bytes: XLA fuses them for nothing."""
     if isinstance(op, (stablehlo.BroadcastInDimOp, stablehlo.ReshapeOp, stablehlo.IotaOp)):
         return True
+    if LATE in op.operation.attributes:
+        return True
     if isinstance(op, stablehlo.ConvertOp):
         return _bits(op.result) >= _bits(op.operand)
     if isinstance(op, stablehlo.SliceOp):  # a row or a tap; a large part of a weight is better made once
@@ -164,6 +177,8 @@ def _free_at_run_time(op: Any) -> bool:
 
 
 def _bits(value: Value) -> int:
+    if (narrow := re.fullmatch(r"u?i([124])", m.element_type(value))) is not None:
+        return int(narrow[1])  # numpy holds each in a byte
     kind = m.dtype(value)
     return 8 * kind.itemsize if kind is not None else 64
 

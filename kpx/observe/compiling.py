@@ -117,6 +117,7 @@ def _described(compiled: Any) -> dict[str, Any]:
         "rewrites": compiled.rewrites,
         "kernels": compiled.kernels,
         "layers": compiled.layers,
+        "precisions": compiled.precisions,
         "seconds": compiled.compile_seconds,
         "remarks": list(compiled.remarks),
     }

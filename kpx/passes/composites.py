@@ -66,7 +66,7 @@ def _plain(op: Any, choice: Choice) -> Choice | None:
     if choice.function is None:
         return choice
     masked = [known_masks.is_by_position(v) for v in op.operands if m.element_type(v) == "i1"]
-    plain = op.operation.attributes["name"].value == "kpx.attention" and _attributes(op).keys() <= {"scale", "causal"}
+    plain = op.operation.attributes["name"].value == "kpx.attention" and attributes(op).keys() <= {"scale", "causal"}
     return Choice(None, "") if masked and all(masked) and plain and m.rank(op.operands[0]) == 4 else None
 
 
@@ -93,18 +93,18 @@ def _lower(module: ir.Module, device: Device | None, taken: Callable[[Any, Choic
     any_left = False  # of what is not reported
     for op in list(composites(module)):
         fields = op.operation.attributes
-        name, avals = fields["name"].value, tuple(map(_struct, op.operands))
-        attributes = _attributes(op)
-        case = (name, avals, tuple(sorted(attributes.items())))
+        name, avals = fields["name"].value, tuple(map(struct, op.operands))
+        stated = attributes(op)
+        case = (name, avals, tuple(sorted(stated.items())))
         if case not in choices:
-            choices[case] = _choose(name, device, avals, attributes)
+            choices[case] = _choose(name, device, avals, stated)
         if (choice := taken(op, choices[case])) is None:
             continue
         target = fields["decomposition"].value
         if choice.function is not None:
             try:
                 flops = cost.product_flops(m.walk(m.functions(module)[target]))
-                target = _spliced(module, name, functools.partial(choice.function, **attributes), avals, device, flops)
+                target = spliced(module, name, functools.partial(choice.function, **stated), avals, device, flops)
             except Exception as error:  # a kernel may be anyone's, and must not stop the model
                 choice = choices[case] = _failed(name, choice, error)
         if not choice.label:
@@ -113,14 +113,19 @@ def _lower(module: ir.Module, device: Device | None, taken: Callable[[Any, Choic
             chosen[_label(name)] = choice.label
         else:
             chosen.setdefault(_label(name), choice.label)
-        with module.context, ir.InsertionPoint(op), op.location:
-            call = func.CallOp([r.type for r in op.results], ir.FlatSymbolRefAttr.get(target), list(op.operands))
-        for old, new in zip(op.results, call.results, strict=True):
-            old.replace_all_uses_with(new)
-        op.operation.erase()
+        call_instead(op, target)
     if chosen or any_left:
         m.inline_calls(module)
     return chosen
+
+
+def call_instead(op: Any, symbol: str) -> None:
+    """Puts a call of a function of its module in an op's place."""
+    with op.operation.context, ir.InsertionPoint(op), op.location:
+        call = func.CallOp([r.type for r in op.results], ir.FlatSymbolRefAttr.get(symbol), list(op.operands))
+    for old, new in zip(op.results, call.results, strict=True):
+        old.replace_all_uses_with(new)
+    op.operation.erase()
 
 
 def _failed(name: str, choice: Choice, error: Exception) -> Choice:
@@ -205,9 +210,7 @@ def _reasons(refused: dict[str, str]) -> str:
     return "".join(f"; {name}: {reason}" for name, reason in refused.items())
 
 
-def _spliced(
-    module: ir.Module, name: str, function: Callable, avals: tuple, device: Device | None, flops: float
-) -> str:
+def spliced(module: ir.Module, name: str, function: Callable, avals: tuple, device: Device | None, flops: float) -> str:
     """Adds an implementation, traced at a composite's types, to a module; gives its symbol.
 
     Args:
@@ -226,11 +229,13 @@ def _wide(avals: Sequence[jax.ShapeDtypeStruct]) -> bool:
     return any(aval.dtype.itemsize == 8 for aval in avals)
 
 
-def _struct(value: m.Value) -> jax.ShapeDtypeStruct:
+def struct(value: m.Value) -> jax.ShapeDtypeStruct:
+    """A value's shape and dtype."""
     return jax.ShapeDtypeStruct(m.shape(value), m.element_dtype(m.tensor_type(value)))
 
 
-def _attributes(op: Any) -> dict[str, Any]:
+def attributes(op: Any) -> dict[str, Any]:
+    """A composite's attributes, as Python numbers, bools and strings."""
     fields = op.operation.attributes
     given = m.dictionary(fields["composite_attributes"]) if "composite_attributes" in fields else {}
     return {key: _python(a) for key, a in given.items()}

@@ -10,16 +10,18 @@ from kpx.ir import module as m
 from kpx.ir.module import Value, integers, ir, producer, stablehlo
 from kpx.ir.rewrite import Rewrite, rewrite
 from kpx.ir.split import depends_on_weights_alone
-from kpx.kernels import onednn
+from kpx.kernels import onednn, weights_only
 from kpx.passes.activations import ROOTS, activation
 from kpx.passes.convolution import channel_vector, is_channels_last, padding, strides
 from kpx.passes.epilogue import in_memory
 
 # A call costs microseconds, and hides from XLA what it could fuse.
 _LEAST_FLOPS = 1 << 18
+_FEW_ROWS = 2
 _LEAST_ROWS_F32 = 4  # fewer wait for memory, which XLA reads as fast
 _BOUND = "sums are added in another order: a few ulps of the largest partial sum; what follows is computed in f32"
-_CALLS = ("kpx_onednn_matmul", "kpx_onednn_conv")
+_QUANTIZED = "kpx_onednn_quantized"
+_CALLS = ("kpx_onednn_matmul", "kpx_onednn_conv", _QUANTIZED)
 
 
 def _types(values: Sequence[Value], result: str) -> list[str]:
@@ -62,23 +64,65 @@ def packed_product(op):
           return %0 : tensor<256x256xf32>
         }
     """
+    types = m.element_type(op.lhs), m.element_type(op.rhs), m.element_type(op.result)
+    if types not in (("f32", "f32", "f32"), ("bf16", "bf16", "f32"), ("bf16", "bf16", "bf16")):
+        return None
+    if (found := _by_weight(op)) is None:
+        return None
+    (rows, columns, depth), inner = found
+    if types[0] == "f32" and rows < _LEAST_ROWS_F32:
+        return None
+    sizes = [rows, columns, depth, onednn.column_blocks(rows, columns)]
+    result = m.tensor([rows, columns], m.tensor_type(op.result).element_type)
+    y = _begin("kpx_onednn_matmul", m.reshape(op.lhs, [rows, depth]), op.rhs, sizes, result, [inner])
+    return None if y is None else m.reshape(y, m.shape(op.result))
+
+
+@rewrite(stablehlo.DotGeneralOp, exact=False, bound=_BOUND, lacks=weights_only.missing)
+def few_rows_by_bf16(op):
+    """A bf16 product of few rows by a weight waits for the weight: a call that reads each of its rows once, in f32 sums.
+
+    Before:
+        func.func @main(%a: tensor<1x512xbf16>, %b: tensor<512x1024xbf16> {kpx.weight}) -> tensor<1x1024xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<1x512xbf16>, tensor<512x1024xbf16>) -> tensor<1x1024xf32>
+          return %0 : tensor<1x1024xf32>
+        }
+    After:
+        func.func @main(%a: tensor<1x512xbf16>, %b: tensor<512x1024xbf16> {kpx.weight}) -> tensor<1x1024xf32> {
+          %0 = stablehlo.transpose %b, dims = [1, 0] : (tensor<512x1024xbf16>) -> tensor<1024x512xbf16>
+          %1 = stablehlo.custom_call @kpx_weights_only(%a, %0) {api_version = 4 : i32, backend_config = {sizes = array<i64: 1, 1024, 512, 16, 512>}, operand_layouts = [dense<[1, 0]> : tensor<2xindex>, dense<[1, 0]> : tensor<2xindex>], result_layouts = [dense<[1, 0]> : tensor<2xindex>]} : (tensor<1x512xbf16>, tensor<1024x512xbf16>) -> tensor<1x1024xf32>
+          return %1 : tensor<1x1024xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<64x512xbf16>, %b: tensor<512x1024xbf16> {kpx.weight}) -> tensor<64x1024xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<64x512xbf16>, tensor<512x1024xbf16>) -> tensor<64x1024xf32>
+          return %0 : tensor<64x1024xf32>
+        }
+    """
+    if (found := _by_weight(op)) is None or {m.element_type(v) for v in (op.lhs, op.rhs)} != {"bf16"}:
+        return None
+    (rows, columns, depth), inner = found
+    if rows > _FEW_ROWS or m.element_type(op.result) not in ("f32", "bf16") or not weights_only.available():
+        return None
+    weights = op.rhs if inner == 1 else m.transpose(op.rhs, [1, 0])
+    sizes = m.i64_array([rows, columns, depth, 16, depth])
+    given = [m.reshape(op.lhs, [rows, depth]), weights]
+    y = m.custom_call(weights_only.TARGET, m.tensor([rows, columns], "f32"), given, {"sizes": sizes})
+    return m.convert(m.reshape(y, m.shape(op.result)), m.tensor_type(op.result).element_type)
+
+
+def _by_weight(op: Any) -> tuple[tuple[int, int, int], int] | None:
+    """Of a product of an array's last dimension by one of a weight's two: its rows, columns and inner size, and which of the
+    two it is; None of any other, or of one so small that a call costs more."""
     numbers = stablehlo.DotDimensionNumbers(op.dot_dimension_numbers)
     inner = list(numbers.lhs_contracting_dimensions), list(numbers.rhs_contracting_dimensions)
-    types = m.element_type(op.lhs), m.element_type(op.rhs), m.element_type(op.result)
-    if types not in (("f32", "f32", "f32"), ("bf16", "bf16", "f32"), ("bf16", "bf16", "bf16")) or op.algorithm:
-        return None
-    if list(numbers.lhs_batching_dimensions) or m.rank(op.rhs) != 2 or inner[0] != [m.rank(op.lhs) - 1]:
+    if op.algorithm or list(numbers.lhs_batching_dimensions) or m.rank(op.rhs) != 2 or inner[0] != [m.rank(op.lhs) - 1]:
         return None
     if len(inner[1]) != 1 or depends_on_weights_alone(op.lhs) or not depends_on_weights_alone(op.rhs):
         return None
     depth, columns = m.shape(op.lhs)[-1], m.shape(op.rhs)[1 - inner[1][0]]
     rows = m.size(op.lhs) // max(depth, 1)
-    if 2 * rows * columns * depth < _LEAST_FLOPS or (types[0] == "f32" and rows < _LEAST_ROWS_F32):
-        return None
-    sizes = [rows, columns, depth, onednn.column_blocks(rows, columns)]
-    result = m.tensor([rows, columns], m.tensor_type(op.result).element_type)
-    y = _begin("kpx_onednn_matmul", m.reshape(op.lhs, [rows, depth]), op.rhs, sizes, result, inner[1])
-    return None if y is None else m.reshape(y, m.shape(op.result))
+    return None if 2 * rows * columns * depth < _LEAST_FLOPS else ((rows, columns, depth), inner[1][0])
 
 
 @rewrite(stablehlo.ConvolutionOp, exact=False, bound=_BOUND, lacks=onednn.missing)
@@ -142,12 +186,13 @@ def _with(call: Any, shape: Sequence[int], element: str, step: str = "", operand
     if operand is not None:
         like = [m.size(operand)] if step in onednn.VECTORS else m.shape(call.results[0])
         operands.append(m.reshape(operand, like))
-    types = _types([operands[0], *operands[2:]], element)
-    if onednn.packed_bytes(m.integers(config["sizes"]), steps, types) is None:
+    target = call.call_target_name.value
+    types = _types([operands[0], *operands[3 if target == _QUANTIZED else 2 :]], element)
+    if onednn.packed_bytes(m.integers(config["sizes"]), steps, types, quantized=target == _QUANTIZED) is None:
         return None
     kind = m.tensor(m.shape(call.results[0]), element)
     attributes = {**config, "steps": m.i64_array(steps)}
-    return m.reshape(m.custom_call(call.call_target_name.value, kind, operands, attributes), shape)
+    return m.reshape(m.custom_call(target, kind, operands, attributes), shape)
 
 
 @rewrite(stablehlo.AddOp, exact=False, bound=_BOUND, lacks=onednn.missing)
@@ -287,9 +332,39 @@ def conversion_into_packed(op):
     """
     if m.element_type(op.result) != "bf16" or not m.has_one_use(op.operand) or (call := _call(op.operand)) is None:
         return None
-    if m.element_type(call.operands[0]) != "bf16":
+    if m.element_type(call.operands[0]) != "bf16" and call.call_target_name.value != _QUANTIZED:
         return None
     return _with(call, m.shape(op.result), "bf16")
+
+
+@rewrite(stablehlo.CustomCallOp, exact=True)
+def quantized_reads_bf16(op):
+    """A call that quantizes what it reads reads bf16 numbers as they are.
+
+    Before:
+        func.func @main(%a: tensor<64x512xbf16>, %p: tensor<134144xui8>, %s: tensor<256xf32>) -> tensor<64x256xf32> {
+          %0 = stablehlo.convert %a : (tensor<64x512xbf16>) -> tensor<64x512xf32>
+          %1 = stablehlo.custom_call @kpx_onednn_quantized(%0, %p, %s) {api_version = 4 : i32, backend_config = {sizes = array<i64: 64, 256, 512, 1>, steps = array<i64>}, operand_layouts = [dense<[1, 0]> : tensor<2xindex>, dense<0> : tensor<1xindex>, dense<0> : tensor<1xindex>], result_layouts = [dense<[1, 0]> : tensor<2xindex>]} : (tensor<64x512xf32>, tensor<134144xui8>, tensor<256xf32>) -> tensor<64x256xf32>
+          return %1 : tensor<64x256xf32>
+        }
+    After:
+        func.func @main(%a: tensor<64x512xbf16>, %p: tensor<134144xui8>, %s: tensor<256xf32>) -> tensor<64x256xf32> {
+          %1 = stablehlo.custom_call @kpx_onednn_quantized(%a, %p, %s) {api_version = 4 : i32, backend_config = {sizes = array<i64: 64, 256, 512, 1>, steps = array<i64>}, operand_layouts = [dense<[1, 0]> : tensor<2xindex>, dense<0> : tensor<1xindex>, dense<0> : tensor<1xindex>], result_layouts = [dense<[1, 0]> : tensor<2xindex>]} : (tensor<64x512xbf16>, tensor<134144xui8>, tensor<256xf32>) -> tensor<64x256xf32>
+          return %1 : tensor<64x256xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<64x512xf32>, %p: tensor<134144xui8>, %s: tensor<256xf32>) -> tensor<64x256xf32> {
+          %1 = stablehlo.custom_call @kpx_onednn_quantized(%a, %p, %s) {api_version = 4 : i32, backend_config = {sizes = array<i64: 64, 256, 512, 1>, steps = array<i64>}, operand_layouts = [dense<[1, 0]> : tensor<2xindex>, dense<0> : tensor<1xindex>, dense<0> : tensor<1xindex>], result_layouts = [dense<[1, 0]> : tensor<2xindex>]} : (tensor<64x512xf32>, tensor<134144xui8>, tensor<256xf32>) -> tensor<64x256xf32>
+          return %1 : tensor<64x256xf32>
+        }
+    """
+    if op.call_target_name.value != _QUANTIZED:
+        return None
+    x, *rest = op.operands
+    wide = producer(x, stablehlo.ConvertOp)
+    if wide is None or m.element_type(wide.operand) != "bf16":
+        return None
+    return m.custom_call(_QUANTIZED, op.results[0].type, [wide.operand, *rest], m.dictionary(op.backend_config))
 
 
 def _attention(op: Any) -> dict[str, Any] | None:
@@ -390,7 +465,9 @@ def attention_writes_transposed(op):
     return m.custom_call("kpx_onednn_attention", op.result.type, list(call.operands), config)
 
 
-PRODUCTS: list[Rewrite] = [packed_product]
+PRODUCTS: list[Rewrite] = [few_rows_by_bf16, packed_product]
 CONVOLUTIONS: list[Rewrite] = [packed_convolution]
-STEPS: list[Rewrite] = [sum_into_packed, activation_into_packed, factor_into_packed, conversion_into_packed]
+STEPS: list[Rewrite] = [
+    sum_into_packed, activation_into_packed, factor_into_packed, conversion_into_packed, quantized_reads_bf16,
+]  # fmt: skip
 ATTENTION: list[Rewrite] = [transposes_into_attention, attention_writes_transposed]

@@ -260,3 +260,135 @@ def bf16_parts(value):
     # reduce_precision, not a convert there and back: XLA may take that for nothing.
     high = stablehlo.reduce_precision(value, 8, 7)
     return m.convert(high, "bf16"), m.convert(stablehlo.subtract(value, high), "bf16")
+
+
+_MOVES = (stablehlo.TransposeOp, stablehlo.ReshapeOp, stablehlo.BroadcastInDimOp)
+
+
+def _moved(op, value):
+    """What a movement does, done to another value."""
+    return m.rebuild(op, [value], [m.tensor(m.shape(op.results[0]), m.tensor_type(value).element_type)]).results[0]
+
+
+@rewrite(stablehlo.ConvertOp, exact=True)
+def narrowed_before_moved(op):
+    """Floating numbers are rounded before they are moved: half the bytes, and what made them can round them.
+
+    Before:
+        func.func @main(%a: tensor<4x8xf32>) -> tensor<8x4xbf16> {
+          %0 = stablehlo.transpose %a, dims = [1, 0] : (tensor<4x8xf32>) -> tensor<8x4xf32>
+          %1 = stablehlo.convert %0 : (tensor<8x4xf32>) -> tensor<8x4xbf16>
+          return %1 : tensor<8x4xbf16>
+        }
+    After:
+        func.func @main(%a: tensor<4x8xf32>) -> tensor<8x4xbf16> {
+          %0 = stablehlo.convert %a : (tensor<4x8xf32>) -> tensor<4x8xbf16>
+          %1 = stablehlo.transpose %0, dims = [1, 0] : (tensor<4x8xbf16>) -> tensor<8x4xbf16>
+          return %1 : tensor<8x4xbf16>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4x8xbf16>) -> tensor<8x4xf32> {
+          %0 = stablehlo.transpose %a, dims = [1, 0] : (tensor<4x8xbf16>) -> tensor<8x4xbf16>
+          %1 = stablehlo.convert %0 : (tensor<8x4xbf16>) -> tensor<8x4xf32>
+          return %1 : tensor<8x4xf32>
+        }
+    """
+    move = m.producer(op.operand)
+    if not isinstance(move, _MOVES) or not m.has_one_use(op.operand) or not _narrows(op.operand, op.result):
+        return None
+    return _moved(move, m.convert(move.operand, m.tensor_type(op.result).element_type))
+
+
+def _widened_after(op):
+    wide = m.producer(op.operand, stablehlo.ConvertOp)
+    if wide is None or not m.has_one_use(op.operand) or not _narrows(wide.result, wide.operand):
+        return None
+    return m.convert(_moved(op, wide.operand), m.tensor_type(op.result).element_type)
+
+
+@rewrite(stablehlo.TransposeOp, exact=True)
+def widened_after_transposed(op):
+    """Floating numbers are widened after they are transposed: half the bytes, and rounded again they are as they were.
+
+    Before:
+        func.func @main(%a: tensor<4x8xbf16>) -> tensor<8x4xf32> {
+          %0 = stablehlo.convert %a : (tensor<4x8xbf16>) -> tensor<4x8xf32>
+          %1 = stablehlo.transpose %0, dims = [1, 0] : (tensor<4x8xf32>) -> tensor<8x4xf32>
+          return %1 : tensor<8x4xf32>
+        }
+    After:
+        func.func @main(%a: tensor<4x8xbf16>) -> tensor<8x4xf32> {
+          %0 = stablehlo.transpose %a, dims = [1, 0] : (tensor<4x8xbf16>) -> tensor<8x4xbf16>
+          %1 = stablehlo.convert %0 : (tensor<8x4xbf16>) -> tensor<8x4xf32>
+          return %1 : tensor<8x4xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4x8xf32>) -> tensor<8x4xbf16> {
+          %0 = stablehlo.convert %a : (tensor<4x8xf32>) -> tensor<4x8xbf16>
+          %1 = stablehlo.transpose %0, dims = [1, 0] : (tensor<4x8xbf16>) -> tensor<8x4xbf16>
+          return %1 : tensor<8x4xbf16>
+        }
+    """
+    return _widened_after(op)
+
+
+@rewrite(stablehlo.ReshapeOp, exact=True)
+def widened_after_reshaped(op):
+    """Floating numbers are widened after they are reshaped, so that rounded again they are as they were.
+
+    Before:
+        func.func @main(%a: tensor<4x8xbf16>) -> tensor<32xf32> {
+          %0 = stablehlo.convert %a : (tensor<4x8xbf16>) -> tensor<4x8xf32>
+          %1 = stablehlo.reshape %0 : (tensor<4x8xf32>) -> tensor<32xf32>
+          return %1 : tensor<32xf32>
+        }
+    After:
+        func.func @main(%a: tensor<4x8xbf16>) -> tensor<32xf32> {
+          %0 = stablehlo.reshape %a : (tensor<4x8xbf16>) -> tensor<32xbf16>
+          %1 = stablehlo.convert %0 : (tensor<32xbf16>) -> tensor<32xf32>
+          return %1 : tensor<32xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<4x8xf32>) -> tensor<32xbf16> {
+          %0 = stablehlo.convert %a : (tensor<4x8xf32>) -> tensor<4x8xbf16>
+          %1 = stablehlo.reshape %0 : (tensor<4x8xbf16>) -> tensor<32xbf16>
+          return %1 : tensor<32xbf16>
+        }
+    """
+    return _widened_after(op)
+
+
+@rewrite(stablehlo.ConvertOp, exact=True)
+def rounded_again(op):
+    """Numbers that were widened and are rounded to what they were are what they were.
+
+    Before:
+        func.func @main(%a: tensor<8xbf16>) -> tensor<8xbf16> {
+          %0 = stablehlo.convert %a : (tensor<8xbf16>) -> tensor<8xf32>
+          %1 = stablehlo.convert %0 : (tensor<8xf32>) -> tensor<8xbf16>
+          return %1 : tensor<8xbf16>
+        }
+    After:
+        func.func @main(%a: tensor<8xbf16>) -> tensor<8xbf16> {
+          return %a : tensor<8xbf16>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<8xf32>) -> tensor<8xf32> {
+          %0 = stablehlo.convert %a : (tensor<8xf32>) -> tensor<8xbf16>
+          %1 = stablehlo.convert %0 : (tensor<8xbf16>) -> tensor<8xf32>
+          return %1 : tensor<8xf32>
+        }
+    """
+    wide = m.producer(op.operand, stablehlo.ConvertOp)
+    if wide is None or wide.operand.type != op.result.type or not _narrows(wide.result, wide.operand):
+        return None
+    return wide.operand
+
+
+def _narrows(wide, narrow) -> bool:
+    """Whether one array's floating numbers are f32 and the other's are half as wide, each of which f32 holds."""
+    return m.element_type(wide) == "f32" and m.element_type(narrow) in ("bf16", "f16")
+
+
+MOVED = [narrowed_before_moved, widened_after_transposed, widened_after_reshaped, rounded_again]
+"""Conversions go to where they cost least."""

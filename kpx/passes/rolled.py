@@ -24,7 +24,7 @@ LOOP = "a loop"
 
 _TURN = 2  # layers of a turn
 _MOST_COPIED = 1 << 16  # bytes of one array of a layer that XLA may copy
-_CALLS = ("kpx_onednn_matmul", "kpx_onednn_conv")
+_CALLS = ("kpx_onednn_matmul", "kpx_onednn_quantized", "kpx_onednn_conv")
 
 
 def put_back(module: ir.Module, stacks: Sequence[Stack], layers: str) -> dict[str, str]:

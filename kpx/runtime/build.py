@@ -21,6 +21,7 @@ from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import Split, mark_weights, split
+from kpx.kernels import weights_only
 from kpx.kernels.selection import RULES, Selection, read
 from kpx.passes.composites import Device
 from kpx.pipeline import Context, no_collections, optimize_module
@@ -117,7 +118,7 @@ class _Built:
         return [*prepared, *(weights[i] for i in self.kept_weights)]
 
 
-_TOLD = ("kernels", "fusions", "measured", "layers")  # of a context, what is kept with a program
+_TOLD = ("kernels", "fusions", "measured", "layers", "precisions")  # of a context, what is kept with a program
 
 
 class ModelProgram:
@@ -230,6 +231,8 @@ class ModelProgram:
         for name in _TOLD:
             getattr(context, name).update(saved[name])
         prepare, run = (None if saved[name] is None else m.load(saved[name]) for name in ("prepare", "run"))
+        if any(weights_only.is_call(op) for op in m.walk(run.operation)) and (lack := weights_only.missing()):
+            raise CompileError(f"The program calls `{weights_only.TARGET}`, which cannot be made here: {lack}.")
         return self._compiled(Split(prepare, run, *saved["at"]), context, saved["kept"], saved["options"])
 
     def _use(self, built: _Built) -> None:

@@ -73,6 +73,8 @@ class Compiled:
         rewrites: how often each rewrite was applied.
         reverted: rewrites, and groups of them, that were taken back, with the reason.
         kernels: what each composite runs as.
+        precisions: how many products, convolutions and attentions are computed in which precision, where
+            `Config(precision=...)` asked for one.
         layers: what became of layers that are alike: `{"12 layers of 42 operations": "a loop"}`.
         seconds: how long each stage of the rewriting took; of a model, also tracing it, and the compiler.
     """
@@ -200,6 +202,10 @@ class Compiled:
     @property
     def kernels(self) -> dict[str, str]:
         return dict(self._context.kernels)
+
+    @property
+    def precisions(self) -> dict[str, int]:
+        return dict(self._context.precisions)
 
     @property
     def layers(self) -> dict[str, str]:

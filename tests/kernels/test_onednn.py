@@ -309,3 +309,9 @@ def test_a_set_of_instructions_that_is_asked_for_is_kept_to():
     attend = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     compiled = kpx.compile(attend.eval(), torch.randn(4, 96, 64), target="cpu:avx2")
     assert "kpx_onednn" not in compiled.stablehlo
+
+
+def test_what_was_packed_before_for_other_columns_decides_nothing():
+    """A block of columns of one product has the sizes of another's whole: how weights are packed is each one's own."""
+    for sizes in ([64, 128, 128, 1], [64, 256, 128, 2], [64, 512, 128, 4]):
+        assert onednn.packed_bytes(sizes, [], ["f32", "f32"]) is not None

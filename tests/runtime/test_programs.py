@@ -204,3 +204,25 @@ def test_four_processes_that_compile_at_once_agree(tmp_path):
         assert process.wait(timeout=300) == 0, process.stderr and process.stderr.read()
     (file,) = (tmp_path / "programs").glob("*.kpx")
     assert file.stat().st_size
+
+
+def test_a_program_that_calls_our_own_kernels_runs_in_another_process(config):
+    """What makes the calls is registered there too."""
+    code = textwrap.dedent(f"""
+        import torch, kpx
+        from kpx.bridges.torch import module as bridge
+        def refuse(*a): raise AssertionError("captured")
+        bridge.capture = refuse if {{again}} else bridge.capture
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 256)).eval()
+        x = torch.randn(1, 64)
+        config = kpx.Config(cache_dir={config.cache_dir!r}, precision="int8-weights")
+        with torch.no_grad():
+            given = kpx.optimize(model, config=config)(x)
+            torch.testing.assert_close(given, model(x), rtol=0.1, atol=0.05)
+    """)
+    for again in (False, True):
+        run = subprocess.run(
+            [sys.executable, "-c", code.replace("{again}", str(again))], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
