@@ -39,14 +39,23 @@ float Dot8(const int8_t* w, const float* x, int64_t count) {
   return sum;
 }
 
-float Dot4(const uint8_t* w, const float* x, int64_t half) {
-  float low = 0, high = 0;
-#pragma omp simd reduction(+ : low, high)
-  for (int64_t i = 0; i < half; ++i) {
-    low += static_cast<float>(static_cast<int32_t>(w[i] & 15) - 8) * x[i];
-    high += static_cast<float>(static_cast<int32_t>(w[i] >> 4) - 8) * x[half + i];
+constexpr int64_t kHalf = 16;  // numbers of half a group of int4
+
+// A column's groups, each number of a half in a lane of its own, so that sums are added up once.
+float Dot4(const uint8_t* w, const float* x, const float* scales, int64_t groups) {
+  float lanes[kHalf] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    const float scale = scales[g];
+#pragma omp simd
+    for (int64_t i = 0; i < kHalf; ++i) {
+      const int32_t both = w[g * kHalf + i];
+      const float low = static_cast<float>((both & 15) - 8), high = static_cast<float>((both >> 4) - 8);
+      lanes[i] += scale * (low * x[2 * g * kHalf + i] + high * x[(2 * g + 1) * kHalf + i]);
+    }
   }
-  return low + high;
+  float sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
 }
 
 // A bf16 array as f32.
@@ -64,6 +73,7 @@ void Multiply(XLA_FFI_CallFrame* frame) {
   if (sizes.size != 5) throw std::runtime_error("sizes that are not such a product's");
   const int64_t rows = sizes.data[0], columns = sizes.data[1], inner = sizes.data[2], bits = sizes.data[3];
   const int64_t group = sizes.data[4], groups = inner / group;
+  if (bits == 4 && group != 2 * kHalf) throw std::runtime_error("groups of int4 that are not of 32 numbers");
   const auto* weights = static_cast<const uint8_t*>(Argument(frame, 1)->data);
   const auto* scales = bits == 16 ? nullptr : static_cast<const float*>(Argument(frame, 2)->data);
   auto* y = static_cast<float*>(Result(frame, 0)->data);
@@ -82,11 +92,10 @@ void Multiply(XLA_FFI_CallFrame* frame) {
       for (int64_t r = 0; r < rows; ++r) {
         float sum = 0;
         if (bits == 16) sum = Dot16(reinterpret_cast<const uint16_t*>(w), x + r * inner, inner);
-        for (int64_t g = 0; bits != 16 && g < groups; ++g) {
-          const float* part = x + r * inner + g * group;
-          const uint8_t* of = w + g * group * bits / 8;
-          const float dot = bits == 8 ? Dot8(reinterpret_cast<const int8_t*>(of), part, group) : Dot4(of, part, group / 2);
-          sum += dot * scales[c * groups + g];
+        if (bits == 4) sum = Dot4(w, x + r * inner, scales + c * groups, groups);
+        for (int64_t g = 0; bits == 8 && g < groups; ++g) {
+          const auto* of = reinterpret_cast<const int8_t*>(w) + g * group;
+          sum += Dot8(of, x + r * inner + g * group, group) * scales[c * groups + g];
         }
         y[r * columns + c] = sum;
       }

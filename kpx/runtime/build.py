@@ -230,7 +230,8 @@ class ModelProgram:
         context.report.reverted.update(saved["reverted"])
         for name in _TOLD:
             getattr(context, name).update(saved[name])
-        prepare, run = (None if saved[name] is None else m.load(saved[name]) for name in ("prepare", "run"))
+        prepare = None if saved["prepare"] is None else m.load(saved["prepare"])
+        run = m.load(saved["run"])
         if any(weights_only.is_call(op) for op in m.walk(run.operation)) and (lack := weights_only.missing()):
             raise CompileError(f"The program calls `{weights_only.TARGET}`, which cannot be made here: {lack}.")
         return self._compiled(Split(prepare, run, *saved["at"]), context, saved["kept"], saved["options"])
