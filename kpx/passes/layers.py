@@ -18,6 +18,7 @@ from kpx.ir.module import Value, func, ir, stablehlo
 from kpx.ir.pattern import is_closed
 from kpx.ir.rewrite import is_pure
 from kpx.ir.split import depends_on_weights_alone, mark_weights
+from kpx.passes import loops
 
 CALL = "kpx.layer"
 """What the name of a call that stands for a layer begins with."""
@@ -315,7 +316,7 @@ def _module(module: ir.Module, parts: _Parts, shared: Sequence[Value]) -> ir.Mod
     with ir.InsertionPoint(block):
         sources: dict[str, Any] = {
             "carried": lambda at: arguments[carried.index(at)],
-            "shared": lambda n: _inside(parts.shared[n], inside),
+            "shared": lambda n: loops.copied(parts.shared[n], inside),
             "own": lambda n: arguments[len(carried) + len(shared) + n],
             "here": lambda at: made_here[at[0]][at[1]],
         }
@@ -331,13 +332,3 @@ def _module(module: ir.Module, parts: _Parts, shared: Sequence[Value]) -> ir.Mod
     mark_weights(made, weights | set(range(len(carried) + len(shared), len(given))))
     m.run_passes(made, "symbol-dce")
     return made
-
-
-def _inside(value: Value, new: dict[Value, Value]) -> Value:
-    """A value of the module, made in the layer from what the layer takes."""
-    if value not in new:
-        op = m.producer(value)
-        for operand in op.operands:
-            _inside(operand, new)
-        new.update(zip(op.results, m.clone(op, new).results, strict=True))
-    return new[value]

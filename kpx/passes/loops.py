@@ -36,16 +36,16 @@ def _sink(loop: Any) -> int:
         for block in (condition, body):
             if m.users(block.arguments[i]):
                 with ir.InsertionPoint.at_block_begin(block):
-                    block.arguments[i].replace_all_uses_with(_copied(init, {}))
+                    block.arguments[i].replace_all_uses_with(copied(init, {}))
         sunk += 1
     return sunk
 
 
-def _copied(value: Value, new: dict[Value, Value]) -> Value:
-    """A value that depends on no input, computed again at the insertion point."""
+def copied(value: Value, new: dict[Value, Value]) -> Value:
+    """A value computed again at the insertion point, from those that `new` has already, which it joins."""
     if value not in new:
         op = m.producer(value)
         for operand in op.operands:
-            _copied(operand, new)
+            copied(operand, new)
         new.update(zip(op.results, m.clone(op, new).results, strict=True))
     return new[value]

@@ -155,6 +155,7 @@ def test_a_loop_needs_neither_onednn_nor_more_than_weights(monkeypatch):
     monkeypatch.setattr(onednn, "missing", lambda: "it is switched off here")
     model = _model(4)
     looped, compiled = _run(model, X, layers="loop")
+    assert "kpx_onednn" not in compiled.stablehlo
     assert list(compiled.layers.values()) == ["a loop"]
     torch.testing.assert_close(looped, _run(model, X, layers="unrolled")[0], rtol=1e-5, atol=1e-5)
 
