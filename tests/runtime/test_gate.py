@@ -24,7 +24,7 @@ from tests.planting import plant
 def _measuring(monkeypatch, tmp_path):
     monkeypatch.delenv("KPX_MEASURE_SECONDS")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gate, "budget", lambda config, seconds: 20.0)  # the machine may be busy
+    monkeypatch.setattr(gate, "budget", lambda config, seconds: 600.0)  # the machine may be busy
 
 
 def _slow(op):
@@ -273,17 +273,18 @@ def test_a_loop_of_layers_that_is_slower_is_taken_back(monkeypatch):
     if needs_onednn.args[0]:
         pytest.skip(needs_onednn.kwargs["reason"])
 
-    def slow(layer, turns, carried, *rest, made=rolled._loop):
-        y = carried[0]
-        for _ in range(3000):
-            y = stablehlo.tanh(y)
-        return made(layer, turns, [stablehlo.add(carried[0], stablehlo.multiply(y, m.like(y, 0.0)))], *rest)
+    def slow(way):
+        if rolled.LOOP in way.context.layers.values():
+            way.run = lambda run=way.run: (time.sleep(0.1), run())[1]
+        return way
 
-    monkeypatch.setattr(rolled, "_loop", slow)
+    monkeypatch.setattr(
+        gate, "choose", lambda first, make, s, choose=gate.choose: choose(slow(first), lambda *a: slow(make(*a)), s)
+    )
     model = _model(16)
     optimized = kpx.optimize(model)
     with torch.no_grad():
         torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-4)
     compiled = optimized.compile_for([x], {})
-    assert "of the time" in compiled.reverted["layers"]
+    assert "of the time" in compiled.reverted.get("layers", ""), compiled.measured
     assert compiled.layers == {}
