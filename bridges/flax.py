@@ -59,6 +59,25 @@ def compile(model: Any, args: Sequence, kwargs: Mapping[str, Any], target: Targe
     return OptimizedModel(model, target, config).compile_for(args, kwargs)
 
 
+def weights_and_function(model: Any) -> tuple[Any, Callable]:
+    """A model's weights, and it as a function of them and of its inputs.
+
+    Raises:
+        InputError: a linen module is not bound to its weights.
+    """
+    if isinstance(model, linen.Module) and model.scope is None:
+        raise InputError("A linen module without its weights was given. Bind it: `model.bind(variables)`.")
+    split = OptimizedModel(model, Target.resolve("cpu"), Config())
+    definition, weights = split._split()
+    leaves, tree = jax.tree.flatten(weights)
+
+    def call(raw_weights, *args, **kwargs):
+        held = [_like(raw, w) for raw, w in zip(raw_weights, leaves, strict=True)]
+        return split._merge(definition, jax.tree.unflatten(tree, held))(*args, **kwargs)[0]
+
+    return [_raw(w) for w in leaves], call
+
+
 class OptimizedModel:
     """A flax model whose call runs as a compiled program over the model's own weights.
 

@@ -18,7 +18,7 @@ def find(model: Any) -> ModuleType | None:
 
     A bridge has `accepts(model)`, `resolve_target(given, may_be_absent=False)`, `optimize(model, example_inputs,
     example_kwargs, target, config)` and `compile(model, args, kwargs, target, config)`; and, to be validated, `reference(model,
-    inputs)`.
+    inputs)`; to be calibrated, `weights_and_function(model)`.
     """
     outside = {e.name: e.value for e in entry_points(group="kpx.bridges")}
     for framework, path in (outside | _BRIDGES).items():

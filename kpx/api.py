@@ -13,9 +13,10 @@ import numpy as np
 from kpx import jax_internals
 from kpx.bridges import registry
 from kpx.config import Config, resolve
-from kpx.errors import InputError, KpxError
+from kpx.errors import ConfigError, InputError, KpxError
 from kpx.hardware.target import Target
 from kpx.pipeline import Context
+from kpx.precision import budget
 from kpx.runtime import gate
 from kpx.runtime.build import compile_lowered, environment, lower_for, optimize_lowered
 from kpx.runtime.compiled import Compiled
@@ -54,7 +55,7 @@ def optimize(
         ConfigError, TargetError: `config` or `target` is not one.
         CaptureError, UnsupportedError: (with example inputs) the model could not be brought over.
     """
-    config = resolve(config)
+    config = budget.resolved(resolve(config), model, training)
     if (bridge := registry.find(model)) is not None:
         chosen = bridge.resolve_target(target)
         options = {"training": training, "dynamic_shapes": dynamic_shapes}
@@ -106,7 +107,13 @@ def jit(fun: Callable | None = None, *, target: str | Target | None = None, conf
         return functools.partial(jit, target=target, config=config, **options)
     if not callable(fun):
         raise InputError(f"`kpx.jit` takes a function, and was given `{fun!r}`.")
-    return _Jit(fun, target, resolve(config), options)
+    config = resolve(config)
+    if isinstance(config.precision, budget.Budget):
+        raise ConfigError(
+            "`kpx.jit` takes no budget: weights that are arguments cannot be quantized at load. Use `kpx.optimize` of a model, or of "
+            "a function that holds its weights; or `kpx.precision.assign(fun, budget).policy`."
+        )
+    return _Jit(fun, target, config, options)
 
 
 class _Jit:
@@ -312,7 +319,7 @@ def compile(
         TargetError: `target` is not one, or its compiler is not installed.
         CompileError: the target's compiler refused it; an OutOfMemoryError where it does not fit the device.
     """
-    config = resolve(config)
+    config = budget.resolved(resolve(config), fun_or_model)
     if (bridge := registry.find(fun_or_model)) is not None:
         chosen = bridge.resolve_target(target, may_be_absent=True)
         return bridge.compile(fun_or_model, specs, named_specs, chosen, config)

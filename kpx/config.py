@@ -10,7 +10,7 @@ from typing import Any
 
 from kpx.errors import ConfigError
 from kpx.kernels import registry
-from kpx.precision import Policy, known
+from kpx.precision import Budget, Policy, known
 
 LEVELS = ("none", "conservative", "balanced", "aggressive")
 MATMUL_PRECISIONS = ("highest", "high")
@@ -34,7 +34,8 @@ class Config:
             words. `"highest"`: in f32. `"high"`: each f32 factor as a sum of two bf16, which keeps
             about 16 of 24 bits and is faster where the CPU has bf16 units.
         precision: in which precision products, convolutions and attention are computed: a name (`"bf16"`, `"f16"`, `"int8"`; see
-            `kpx.precision.PRECISIONS`), or a `kpx.precision.Policy`. None: in that of the model. What is around them, and the
+            `kpx.precision.PRECISIONS`), a `kpx.precision.Policy`, or, for what `kpx.optimize` takes, a `kpx.precision.Budget`
+            of the error that may be made. None: in that of the model. What is around them, and the
             model's parameters, stay as they are. `Compiled.precisions` counts.
         prepare: compute what depends on weights alone once, at load.
         layers: of a model whose layers are alike. `"auto"`: from 16 on they run as a loop over their stacked weights where
@@ -57,7 +58,7 @@ class Config:
 
     level: str = "balanced"
     matmul_precision: str = "highest"
-    precision: str | Policy | None = None
+    precision: str | Policy | Budget | None = None
     prepare: bool = True
     layers: str = "auto"
     verify_each: bool = False
@@ -73,7 +74,7 @@ class Config:
         _one_of("level", self.level, LEVELS)
         _one_of("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         _one_of("layers", self.layers, LAYERS)
-        if self.precision is not None and not isinstance(self.precision, Policy):
+        if self.precision is not None and not isinstance(self.precision, (Policy, Budget)):
             known(self.precision)
         for name in ("prepare", "verify_each"):
             if not isinstance(getattr(self, name), bool):

@@ -51,6 +51,10 @@ class KernelError(KpxError, ValueError):
     """A kernel that was asked for by name is not known, or does not support the case."""
 
 
+class BudgetError(KpxError, ValueError):
+    """A budget of error cannot be kept; the message says what was reached."""
+
+
 class RewriteError(KpxError, RuntimeError):
     """A rewrite produced a module that does not verify."""
 

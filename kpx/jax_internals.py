@@ -142,6 +142,30 @@ def lower_alone(
     return lowered.compiler_ir("stablehlo")
 
 
+def name_stack(equation: Any) -> str:
+    """The names that an equation of a jaxpr was made under."""
+    return str(equation.source_info.name_stack)
+
+
+def called_jaxpr(equation: Any) -> Any:
+    """The closed jaxpr of an equation that calls one once, with its own inputs; None for any other."""
+    if equation.primitive.name not in (
+        "jit",
+        "pjit",
+        "closed_call",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "composite",
+        "checkpoint",
+    ):
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        found = equation.params.get(name)
+        if found is not None:
+            return found if hasattr(found, "consts") else _core.ClosedJaxpr(found, ())
+    return None
+
+
 def register_rocm_without_a_gpu() -> None:
     """Lets the ROCm plugin register, to compile alone, where it finds no GPU."""
     _hardware_utils.num_available_amd_gpus = lambda *args, **kwargs: 1

@@ -33,7 +33,7 @@ from kpx.passes import (
     rolled,
 )
 from kpx.passes.composites import Device
-from kpx.precision import Policy, policy
+from kpx.precision import Budget, Policy, policy
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Context:
     Attributes:
         measured: what was measured of groups of rewrites and kernels, in words (see `kpx.runtime.gate`).
         precisions: how many products, convolutions and attentions are computed in which precision, where one was asked for.
+        emulated: precisions that the target has no units for, and what is done instead.
         layers: what became of layers that are alike, in words (see `kpx.passes.rolled`).
         stacks: such layers, while they are apart from the module.
         repeats: how often the module that a stage is given stands in the model.
@@ -58,6 +59,7 @@ class Context:
     seconds: dict[str, float] = field(default_factory=dict)
     measured: dict[str, str] = field(default_factory=dict)
     precisions: dict[str, int] = field(default_factory=dict)
+    emulated: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     stacks: list[layers.Stack] = field(default_factory=list)
     repeats: int = 1
@@ -108,7 +110,8 @@ def choose_products(module: ir.Module, context: Context) -> None:
     if mkl and bf16_tiles:
         rules.append(library.mkl_product_of_bf16)
     rewriting(rules)(module, context)
-    rewriting([precision.bf16_dot_that_xla_refuses])(module, context)  # what no library took
+    refused = [precision.bf16_dot_that_xla_refuses, precision.transposed_bf16_dot_that_xla_refuses]
+    rewriting(refused)(module, context)  # what no library took
 
 
 def pack(module: ir.Module, context: Context) -> None:
@@ -167,8 +170,12 @@ def lower_precision(module: ir.Module, context: Context) -> None:
 def _lower(module: ir.Module, context: Context, *, convolutions: bool) -> None:
     asked = context.config.precision
     assert asked is not None  # else there is no such stage
-    given = policy(asked), context.device, _has_onednn(module, context), context.fuel
-    for name, count in lowered_precision.lower(module, *given, convolutions=convolutions).items():
+    assert not isinstance(asked, Budget)  # which became a policy at the front door
+    features = context.features if _has_onednn(module, context) else context.features - {"onednn"}
+    given = policy(asked), context.device, features, context.fuel
+    counts, emulated = lowered_precision.lower(module, *given, convolutions=convolutions)
+    context.emulated |= emulated
+    for name, count in counts.items():
         context.precisions[name] = context.precisions.get(name, 0) + count * context.repeats
 
 

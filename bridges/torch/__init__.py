@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from kpx.bridges.torch.module import OptimizedModule, example
 from kpx.bridges.torch.padding import BucketedModule
@@ -22,7 +23,7 @@ from kpx.runtime.compiled import Compiled
 
 __all__ = [
     "BucketedModule", "OptimizedModule", "accepts", "compile", "functional", "load", "lowers", "optimize",
-    "reference", "resolve_target",
+    "reference", "resolve_target", "weights_and_function",
 ]  # fmt: skip
 
 
@@ -44,6 +45,17 @@ def resolve_target(given: str | Target | None, *, may_be_absent: bool = False) -
 def reference(model: torch.nn.Module, inputs: Sequence[Any]) -> TorchReference:
     """A model and its inputs, for `kpx.validate`."""
     return TorchReference(model, inputs)
+
+
+def weights_and_function(model: torch.nn.Module) -> tuple[Any, Callable]:
+    """A model's weights as JAX arrays, and it as a function of them and of its inputs, to a list of arrays."""
+    compute_in_callers_thread()
+    params, buffers, function = functional(model)
+
+    def call(weights, *args, **kwargs):
+        return [leaf for leaf in pytree.tree_leaves(function(*weights, *args, **kwargs)[0]) if hasattr(leaf, "shape")]
+
+    return (params, buffers), call
 
 
 def load(path: str | os.PathLike) -> torch.nn.Module:

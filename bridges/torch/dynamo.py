@@ -38,7 +38,20 @@ from kpx.runtime.memory import keep_freed
 class _Program:
     """A graph compiled for the sizes of its inputs."""
 
-    def __init__(self, function: Callable, needs_key: bool, args: Sequence[Any], target: Target, config: Config):
+    def __init__(
+        self,
+        function: Callable,
+        needs_key: bool,
+        args: Sequence[Any],
+        gradients: frozenset[int],
+        target: Target,
+        config: Config,
+    ):
+        """Compiles it.
+
+        Args:
+            gradients: places of the arguments that are gradients of a result.
+        """
         self._tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
         self._outputs: list[Any] = []
         constants = [None if isinstance(a, torch.Tensor) else a for a in args]
@@ -53,7 +66,8 @@ class _Program:
             return [r for a, r in zip(is_array, results, strict=True) if a]
 
         inputs = [args[i] for i in self._tensors]
-        self._call = TensorProgram(arrays_only, [], inputs, needs_key, target, config)
+        given = {p for p, i in enumerate(self._tensors) if i in gradients}
+        self._call = TensorProgram(arrays_only, [], inputs, needs_key, target, config, gradients=given)
         self._call.model.load([])  # what depends on nothing is computed once
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
@@ -79,6 +93,9 @@ def compile_graph(
     outputs = Outputs(graph, backward)
     function = as_jax_function(outputs.graph)
     needs_key = is_random(outputs.graph)
+    places = enumerate(n.name for n in outputs.graph.find_nodes(op="placeholder"))
+    # AOTAutograd's own name for what the backward pass is given beside saved values.
+    gradients = frozenset(i for i, name in places if name.startswith("tangents_")) if backward else frozenset()
     programs: dict[Any, _Program] = {}
     # A graph without symbolic sizes is only ever called with those it was captured for: Dynamo guards them.
     fixed = not any(isinstance(a, (torch.SymInt, torch.SymFloat)) for a in example_inputs)
@@ -89,7 +106,7 @@ def compile_graph(
         if (program := programs.get(key)) is None:
             if not fixed:
                 history.note([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
-            program = programs[key] = _Program(function, needs_key, args, target, config)
+            program = programs[key] = _Program(function, needs_key, args, gradients, target, config)
         results = outputs.take(args, program(args))
         args.clear()  # the caller gives its inputs up, so that they need not outlive their use
         return results

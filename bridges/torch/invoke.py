@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,8 +48,12 @@ class TensorProgram:
         target: Target,
         config: Config,
         saved: Mapping[str, Any] | None = None,
+        gradients: Collection[int] = (),
     ):
         """Compiles for weights and inputs like those given; what `saved` gave is taken as it is.
+
+        Args:
+            gradients: which inputs are gradients of a result.
 
         Raises:
             UnsupportedError: a rule does not take this case.
@@ -81,7 +85,7 @@ class TensorProgram:
 
         self.model = ModelProgram(
             with_checks, [struct(t) for t in weights], structs, target, config, x64=True,
-            example=example if given else None, saved=None if saved is None else saved["model"],
+            example=example if given else None, saved=None if saved is None else saved["model"], gradients=gradients,
         )  # fmt: skip
         if saved is not None:
             self._messages = list(saved["messages"])

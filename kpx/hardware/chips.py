@@ -76,6 +76,8 @@ class Chip:
         network: bytes/s of its share of the network between hosts or slices.
         device_kinds: what JAX calls it.
         devices_per_chip: how many devices JAX sees in one chip.
+        units: of products in few bits, those that XLA's compiler for it reaches: `fp8`, or `fp8_fnuz` (with other
+            formats, as MI300 has), `mxfp8`, `nvfp4`.
         sources: where the figures stand.
         compiler: what its vendor's compiler must be told.
     """
@@ -91,6 +93,7 @@ class Chip:
     links: Links
     network: float
     sources: tuple[str, ...]
+    units: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     device_kinds: tuple[str, ...] = ()
     devices_per_chip: int = 1
@@ -119,7 +122,7 @@ def chips() -> dict[str, Chip]:
 
 
 def _chip(key: str, entry: dict[str, Any]) -> Chip:
-    for name in ("aliases", "device_kinds", "sources"):
+    for name in ("aliases", "device_kinds", "sources", "units"):
         entry[name] = tuple(entry.get(name, ()))
     return Chip(key=key, links=Links(**entry.pop("links")), **entry)
 

@@ -171,9 +171,10 @@ class Target:
     @property
     def features(self) -> frozenset[str]:
         """What the pipeline may count on: `bf16_tiles` (bf16 products run several times faster than f32 ones: a
-        CPU with AMX), `mkl` and `onednn` (their products can be called)."""
+        CPU with AMX), `mkl` and `onednn` (their products can be called); of an accelerator its units for few bits (see
+        `Chip.units`)."""
         if self.platform != "cpu":
-            return frozenset()
+            return frozenset(self.spec.units if self.spec else ())
         if self.isa is not None:
             return frozenset({"bf16_tiles"} if self.isa == "amx" else ())
         found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available(), "onednn": onednn.available()}

@@ -39,6 +39,10 @@ _DTYPES: dict[str, np.dtype] = {
     "complex<f64>": np.dtype(np.complex128),
     "f8E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn),
     "f8E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "f8E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "f8E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "f8E8M0FNU": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "f4E2M1FN": np.dtype(ml_dtypes.float4_e2m1fn),
 }
 _ELEMENTS = {v: k for k, v in _DTYPES.items()}
 
@@ -413,6 +417,34 @@ def same_value(a: Value, b: Value) -> bool:
 
 
 # Building ---------------------------------------------------------------------------------------
+
+
+def add_argument(module: ir.Module, kind: ir.Type) -> Value:
+    """One more argument of `main`, the last."""
+    function = main(module)
+    with module.context:
+        value = entry_block(function).add_argument(kind, ir.Location.unknown())
+        attributes = [*function.arg_attrs, ir.DictAttr.get({})] if "arg_attrs" in function.attributes else None
+        inputs = [*function.type.inputs, kind]
+        function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(inputs, function.type.results))
+        if attributes is not None:
+            function.arg_attrs = ir.ArrayAttr.get(attributes)
+    return value
+
+
+def add_results(module: ir.Module, values: Sequence[Value]) -> None:
+    """More results of `main`, after its own."""
+    function = main(module)
+    block = entry_block(function)
+    last = block.operations[len(block.operations) - 1]
+    with module.context, ir.Location.unknown():
+        with ir.InsertionPoint(last):
+            returned = func.ReturnOp([*last.operands, *values])
+        types = [v.type for v in returned.operands]
+        last.operation.erase()
+        function.attributes["function_type"] = ir.TypeAttr.get(ir.FunctionType.get(function.type.inputs, types))
+        if "res_attrs" in function.attributes:
+            del function.attributes["res_attrs"]
 
 
 def tensor(dims: Sequence[int], element: Any) -> ir.RankedTensorType:

@@ -16,6 +16,8 @@ from kpx.ir.module import Value, func, ir, stablehlo
 from kpx.ir.rewrite import erase_dead, is_pure
 
 WEIGHT = "kpx.weight"
+COTANGENT = "kpx.cotangent"
+"""What an argument carries that is a gradient of a result."""
 LATE = "kpx.late"
 
 
@@ -47,19 +49,24 @@ class Split:
 
 def mark_weights(module: ir.Module, positions: set[int]) -> None:
     """Marks arguments of `main` as weights."""
+    mark_arguments(module, positions, WEIGHT)
+
+
+def mark_arguments(module: ir.Module, positions: set[int], name: str) -> None:
+    """Gives arguments of `main` an attribute."""
     main = m.main(module)
     with module.context:
-        mark = {WEIGHT: ir.UnitAttr.get()}
+        mark = {name: ir.UnitAttr.get()}
         given = _argument_attributes(main)
         main.arg_attrs = _array([{**a, **mark} if i in positions else a for i, a in enumerate(given)])
 
 
-def unmark_weights(module: ir.Module) -> None:
-    """Takes the marks away, which mean nothing to a compiler."""
+def unmark(module: ir.Module) -> None:
+    """Takes kpx's marks away, which mean nothing to a compiler."""
     main = m.main(module)
     with module.context:
         given = _argument_attributes(main)
-        main.arg_attrs = _array([{name: v for name, v in a.items() if name != WEIGHT} for a in given])
+        main.arg_attrs = _array([{n: v for n, v in a.items() if not n.startswith("kpx.")} for a in given])
 
 
 def _array(dictionaries: list[dict[str, Any]]) -> ir.Attribute:
@@ -74,28 +81,49 @@ def _argument_attributes(main: Any) -> list[dict[str, Any]]:
 
 def weights(module: ir.Module) -> set[int]:
     """The positions of `main`'s arguments that are marked as weights."""
-    return {i for i, a in enumerate(_argument_attributes(m.main(module))) if WEIGHT in a}
+    return arguments_with(module, WEIGHT)
 
 
-def depends_on_weights_alone(value: Value, depth: int = 24) -> bool:
+def arguments_with(module: ir.Module, mark: str) -> set[int]:
+    """The positions of `main`'s arguments that carry an attribute."""
+    return {i for i, a in enumerate(_argument_attributes(m.main(module))) if mark in a}
+
+
+_MOST_OPS = 512  # that are looked at, to tell whether a value depends on weights alone
+
+
+def depends_on_weights_alone(value: Value) -> bool:
     """Whether a value is computed from weights and constants, and so costs nothing at run time."""
-    if not depth:
-        return False
-    owner = value.owner
-    if isinstance(owner, ir.Block):
-        parent = owner.owner.opview
-        if not isinstance(parent, func.FuncOp) or parent.name.value != "main":
+    seen, left = {value}, [value] if not _is_weight(value) else []
+    while left:
+        owner = left.pop().owner
+        if isinstance(owner, ir.Block):
+            return False  # an argument that is not a weight
+        op = owner.opview
+        if isinstance(op, stablehlo.ConstantOp):
+            continue
+        # A reduction's region sees nothing but its own numbers.
+        closed = isinstance(op, stablehlo.ReduceOp)
+        if LATE in op.operation.attributes or not is_pure(op.operation) or (len(op.regions) and not closed):
             return False
-        attributes = parent.attributes
-        return "arg_attrs" in attributes and WEIGHT in attributes["arg_attrs"][ir.BlockArgument(value).arg_number]
-    op = owner.opview
-    if isinstance(op, stablehlo.ConstantOp):
-        return True
-    if LATE in op.operation.attributes:
+        for operand in op.operands:
+            if operand not in seen and not _is_weight(operand):
+                left.append(operand)
+            seen.add(operand)
+        if len(seen) > _MOST_OPS:
+            return False
+    return True
+
+
+def _is_weight(value: Value) -> bool:
+    owner = value.owner
+    if not isinstance(owner, ir.Block):
         return False
-    if not is_pure(op.operation) or len(op.regions):
+    parent = owner.owner.opview
+    if not isinstance(parent, func.FuncOp) or parent.name.value != "main":
         return False
-    return all(depends_on_weights_alone(o, depth - 1) for o in op.operands)
+    attributes = parent.attributes
+    return "arg_attrs" in attributes and WEIGHT in attributes["arg_attrs"][ir.BlockArgument(value).arg_number]
 
 
 def split(module: ir.Module) -> Split:
@@ -116,7 +144,7 @@ def split(module: ir.Module) -> Split:
     _take_arguments(run, [*range(count, count + len(prepared)), *kept_weights, *inputs])
     for half in (prepare, run):
         if half is not None:
-            unmark_weights(half)
+            unmark(half)
             m.verify(half)
     return Split(prepare, run, prepare_weights, kept_weights, inputs)
 
@@ -177,7 +205,7 @@ def _free_at_run_time(op: Any) -> bool:
 
 
 def _bits(value: Value) -> int:
-    if (narrow := re.fullmatch(r"u?i([124])", m.element_type(value))) is not None:
+    if (narrow := re.fullmatch(r"(?:u?i|f)([124])(?:E2M1FN)?", m.element_type(value))) is not None:
         return int(narrow[1])  # numpy holds each in a byte
     kind = m.dtype(value)
     return 8 * kind.itemsize if kind is not None else 64

@@ -376,7 +376,7 @@ def _bytes(value: Value) -> int:
 def _composite(module: ir.Module, match: Match, inputs: Sequence[Value]) -> list[Value]:
     """Holds a match as a composite, before the op that made its result."""
     name = registry.PREFIX + match.pattern.name
-    symbol = outline(module, name, match.inputs, match.outputs, match.ops)
+    symbol = outline(module, name, inputs, match.outputs, match.ops)
     before = m.producer(match.outputs[0])
     attributes = {
         key: ir.StringAttr.get(number) if isinstance(number, str) else ir.FloatAttr.get(ir.F64Type.get(), number)

@@ -183,6 +183,50 @@ def bf16_dot_that_xla_refuses(op):
     )
 
 
+@rewrite(stablehlo.TransposeOp, exact=True)
+def transposed_bf16_dot_that_xla_refuses(op):
+    """A bf16 product summed in f32 that is transposed is the product of the factors in the other order.
+
+    XLA:CPU (of jax 0.10) folds the transpose into the product's layout, and then has no kernel: "Unsupported element type
+    for DotThunk::Execute: BF16 x BF16 = F32". It is what JAX's gradient of a weight is. (A row of one is what XLA takes as it
+    is, so that a test can compare.)
+
+    Before:
+        func.func @main(%a: tensor<1x4xbf16>, %b: tensor<4x5xbf16>) -> tensor<5x1xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<1x4xbf16>, tensor<4x5xbf16>) -> tensor<1x5xf32>
+          %1 = stablehlo.transpose %0, dims = [1, 0] : (tensor<1x5xf32>) -> tensor<5x1xf32>
+          return %1 : tensor<5x1xf32>
+        }
+    After:
+        func.func @main(%a: tensor<1x4xbf16>, %b: tensor<4x5xbf16>) -> tensor<5x1xf32> {
+          %0 = stablehlo.dot_general %b, %a, contracting_dims = [0] x [1] : (tensor<4x5xbf16>, tensor<1x4xbf16>) -> tensor<5x1xf32>
+          return %0 : tensor<5x1xf32>
+        }
+    Unchanged:
+        func.func @main(%a: tensor<1x4xf32>, %b: tensor<4x5xf32>) -> tensor<5x1xf32> {
+          %0 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<1x4xf32>, tensor<4x5xf32>) -> tensor<1x5xf32>
+          %1 = stablehlo.transpose %0, dims = [1, 0] : (tensor<1x5xf32>) -> tensor<5x1xf32>
+          return %1 : tensor<5x1xf32>
+        }
+    """
+    dot = m.producer(op.operand, stablehlo.DotGeneralOp)
+    if dot is None or dot.algorithm is not None or not m.has_one_use(dot.result):
+        return None
+    if [m.element_type(v) for v in (dot.lhs, dot.rhs, dot.result)] != ["bf16", "bf16", "f32"]:
+        return None
+    dims = stablehlo.DotDimensionNumbers(dot.dot_dimension_numbers)
+    inner = list(dims.lhs_contracting_dimensions), list(dims.rhs_contracting_dimensions)
+    left = m.rank(dot.lhs) - len(inner[0])
+    exchanged = [*range(left, m.rank(dot.result)), *range(left)]
+    if list(dims.lhs_batching_dimensions) or m.integers(op.permutation) != exchanged:
+        return None
+    numbers = stablehlo.DotDimensionNumbers.get(
+        lhs_batching_dimensions=[], rhs_batching_dimensions=[], lhs_contracting_dimensions=inner[1],
+        rhs_contracting_dimensions=inner[0],
+    )  # fmt: skip
+    return stablehlo.dot_general(op.result.type, dot.rhs, dot.lhs, numbers, precision_config=dot.precision_config)
+
+
 @rewrite(
     stablehlo.DotGeneralOp,
     exact=False,

@@ -16,7 +16,7 @@ from typing import Any
 from kpx.ir import module as m
 from kpx.ir.cost import type_bytes
 from kpx.ir.module import Value, func, ir, stablehlo
-from kpx.ir.split import Split, split, unmark_weights
+from kpx.ir.split import Split, split, unmark
 from kpx.passes.layers import Stack
 
 LOOP = "a loop"
@@ -101,7 +101,7 @@ def _readers(weights: Value) -> list[Any]:
 
 def _unroll(module: ir.Module, stack: Stack, calls: Sequence[Any]) -> None:
     """Has each call be the layer's ops again, by its own names."""
-    unmark_weights(stack.layer)
+    unmark(stack.layer)
     name = m.merge(module, stack.layer, "layer")
     function = m.functions(module)[name]
     *ops, returned = m.entry_block(function).operations

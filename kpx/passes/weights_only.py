@@ -108,6 +108,24 @@ def quantized(x: Value, axis: int, most: int = 127) -> tuple[Value, Value]:
     return stablehlo.convert(m.tensor(shape, "i8"), q), scale
 
 
+def with_scale(x: Value, axis: int, scale: float, most: int = 127) -> tuple[Value, Value]:
+    """An f32 array as int8 by a scale that is known, beyond it the largest; and the scale, as `quantized` gives it.
+
+    What holds an infinity or a NaN along the axis has a scale of NaN.
+    """
+    shape = m.shape(x)
+    finite = stablehlo.is_finite(x)
+    numbers = stablehlo.multiply(stablehlo.select(finite, x, m.like(x, 0.0)), m.like(x, 1 / scale))
+    near = stablehlo.clamp(m.like(x, float(-most)), stablehlo.round_nearest_even(numbers), m.like(x, float(most)))
+    largest = _largest(stablehlo.select(finite, m.like(x, 0.0), m.like(x, 1.0)), axis)
+    none = stablehlo.compare(
+        largest, m.like(largest, 0.0), stablehlo.ComparisonDirectionAttr.get("EQ"),
+        compare_type=stablehlo.ComparisonTypeAttr.get("FLOAT"),
+    )  # fmt: skip
+    scales = stablehlo.select(none, m.like(largest, scale), m.like(largest, float("nan")))
+    return stablehlo.convert(m.tensor(shape, "i8"), near), scales
+
+
 def _largest(x: Value, axis: int) -> Value:
     """The largest along an axis."""
     element = m.tensor_type(x).element_type

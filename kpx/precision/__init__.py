@@ -9,6 +9,14 @@ import fnmatch
 from dataclasses import dataclass
 
 from kpx.errors import ConfigError
+from kpx.precision.assignment import Assignment
+from kpx.precision.budget import Budget, assign
+from kpx.precision.calibrated import Calibrated, Calibration
+from kpx.precision.calibration import calibrate
+
+__all__ = [
+    "OPS", "PRECISIONS", "Assignment", "Budget", "Calibrated", "Calibration", "Policy", "Rule", "assign", "calibrate", "known", "policy",
+]  # fmt: skip
 
 PRECISIONS = {
     "f32": "as the model is",
@@ -18,6 +26,11 @@ PRECISIONS = {
     "row, both symmetric; sums in int32. Other products in bf16",
     "int8-weights": "weights of products and embeddings kept in int8, by output channel or row, and widened as they are read; all "
     "else as the model is",
+    "fp8": "products of numbers in FP8, each row and output channel of a product by a weight with a scale of its own, each factor of "
+    "another one; e4m3, gradients in e5m2; sums in f32. Products of stacks, convolutions and attention in bf16",
+    "mxfp8": "products of numbers in e4m3, 32 to a scale that is a power of two; all else as in fp8",
+    "mxfp4": "products of numbers in e2m1, 32 to a scale that is a power of two; all else as in fp8",
+    "nvfp4": "products of numbers in e2m1, 16 to a scale in e4m3, and one scale for the whole; all else as in fp8",
     "int4-weights": "weights of products kept in int4, by groups of 32 of an output channel, of embeddings in int8; all else as the "
     "model is",
 }
@@ -36,6 +49,9 @@ class Rule:
         precision: a name of `PRECISIONS`.
         op: a name of `OPS`, or `*`.
         path: where in the model, by names: `encoder/layer/*/attention/*`; `*` is any number of names.
+        nth: which of the ops of its kind at a place, products by weights counted apart from others; None: all.
+        by_weight: True: products by a matrix of weights alone; False: all else; None: both.
+        stochastic: of `fp8` and block formats: round gradients by chance (see `kpx.precision.formats.rounded`).
         least_rows, least_columns, least_inner: sizes of a product (rows x inner size by inner size x columns) below which
             the rule does not hold.
 
@@ -46,6 +62,9 @@ class Rule:
     precision: str
     op: str = "*"
     path: str = "*"
+    nth: int | None = None
+    by_weight: bool | None = None
+    stochastic: bool = False
     least_rows: int = 0
     least_columns: int = 0
     least_inner: int = 0
@@ -55,10 +74,16 @@ class Rule:
         if self.op != "*" and self.op not in OPS:
             raise ConfigError(f"`op={self.op!r}` is not known. Use one of {', '.join(map(repr, OPS))}, or '*'.")
 
-    def holds(self, op: str, path: str, sizes: tuple[int, int, int]) -> bool:
+    def holds(self, op: str, path: str, sizes: tuple[int, int, int], nth: int = 0, *, by_weight: bool = False) -> bool:
         """Whether it is about an op of a kind, at a place, of some rows, columns and inner size."""
         least = self.least_rows, self.least_columns, self.least_inner
-        return self.op in ("*", op) and fnmatch.fnmatchcase(path, self.path) and all(map(int.__ge__, sizes, least))
+        return (
+            self.op in ("*", op)
+            and self.nth in (None, nth)
+            and self.by_weight in (None, by_weight)
+            and fnmatch.fnmatchcase(path, self.path)
+            and all(map(int.__ge__, sizes, least))
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +93,8 @@ class Policy:
     Attributes:
         default: of what no rule is about.
         rules: in order.
+        stochastic: what a rule's is, of what no rule is about.
+        calibration: what was learnt of the model on data (see `kpx.precision.calibrate`).
 
     Raises:
         ConfigError: a name is not known.
@@ -75,6 +102,8 @@ class Policy:
 
     default: str = "f32"
     rules: tuple[Rule, ...] = ()
+    stochastic: bool = False
+    calibration: Calibration | None = None
 
     def __post_init__(self):
         known(self.default)
@@ -85,11 +114,20 @@ class Policy:
     @property
     def is_the_same_everywhere(self) -> bool:
         """Whether no rule is about a place in the model."""
-        return all(rule.path == "*" for rule in self.rules)
+        return self.calibration is None and all(rule.path == "*" and rule.nth is None for rule in self.rules)
 
-    def of(self, op: str, path: str, sizes: tuple[int, int, int]) -> str:
+    def rule(self, op: str, path: str, sizes: tuple[int, int, int], nth: int = 0, *, by_weight: bool = False) -> Rule:
+        """The rule for an op."""
+        default = Rule(self.default, stochastic=self.stochastic)
+        return next((rule for rule in self.rules if rule.holds(op, path, sizes, nth, by_weight=by_weight)), default)
+
+    def of(self, op: str, path: str, sizes: tuple[int, int, int], nth: int = 0) -> str:
         """The precision of an op."""
-        return next((rule.precision for rule in self.rules if rule.holds(op, path, sizes)), self.default)
+        return self.rule(op, path, sizes, nth).precision
+
+    def calibrated(self, path: str, nth: int, precision: str, inner: int) -> Calibrated | None:
+        """What was learnt of a product for a precision, or None."""
+        return None if self.calibration is None else self.calibration.find(path, nth, precision, inner)
 
 
 def known(name: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from kpx.hardware.target import Target, cores
 from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
-from kpx.ir.split import Split, mark_weights, split
+from kpx.ir.split import COTANGENT, Split, mark_arguments, mark_weights, split
 from kpx.kernels import weights_only
 from kpx.kernels.selection import RULES, Selection, read
 from kpx.passes.composites import Device
@@ -118,7 +118,14 @@ class _Built:
         return [*prepared, *(weights[i] for i in self.kept_weights)]
 
 
-_TOLD = ("kernels", "fusions", "measured", "layers", "precisions")  # of a context, what is kept with a program
+_TOLD = (
+    "kernels",
+    "fusions",
+    "measured",
+    "layers",
+    "precisions",
+    "emulated",
+)  # of a context, what is kept with a program
 
 
 class ModelProgram:
@@ -140,12 +147,14 @@ class ModelProgram:
         x64: bool = False,
         example: Callable[[], Sequence[jax.Array]] | None = None,
         saved: Mapping[str, Any] | None = None,
+        gradients: Collection[int] = (),
     ):
         """Compiles `function(weights, inputs) -> list` for arrays, or structs, like those given.
 
         Args:
             x64: trace with 64-bit dtypes on, whatever the process's setting.
             example: gives inputs to measure with, when weights are loaded for the first time; without, nothing is measured.
+            gradients: which inputs are gradients of a result.
             saved: what `saved` gave, for the same function: it is not traced or rewritten again.
 
         Raises:
@@ -165,6 +174,7 @@ class ModelProgram:
             lowered = lower_for(target, jax.jit(function, keep_unused=True), *self._structs)
             module = lowered.compiler_ir("stablehlo")
             traced = time.perf_counter() - start
+            mark_arguments(module, {len(weights) + i for i in gradients}, COTANGENT)
             if config.prepare:
                 mark_weights(module, set(range(len(weights))))
             decision = gate.Decision(module, target, config, environment(target))

@@ -75,6 +75,7 @@ class Compiled:
         kernels: what each composite runs as.
         precisions: how many products, convolutions and attentions are computed in which precision, where
             `Config(precision=...)` asked for one.
+        emulated: of those precisions, the ones that the target has no units for, and what is done instead.
         layers: what became of layers that are alike: `{"12 layers of 42 operations": "a loop"}`.
         seconds: how long each stage of the rewriting took; of a model, also tracing it, and the compiler.
     """
@@ -206,6 +207,10 @@ class Compiled:
     @property
     def precisions(self) -> dict[str, int]:
         return dict(self._context.precisions)
+
+    @property
+    def emulated(self) -> dict[str, str]:
+        return dict(self._context.emulated)
 
     @property
     def layers(self) -> dict[str, str]:

@@ -209,7 +209,7 @@ class _Search:
         if nothing is None:
             return
         wanted, given = nothing.run(), self.first.run()
-        far = _far(given, wanted)
+        far = _far(given, wanted, config)
         ratio = self._ratio(self.first, nothing)
         self.notes["all"] = f"{ratio.text} of the time with nothing optional"
         if far or ratio.is_slower:
@@ -227,7 +227,7 @@ class _Search:
             way = self._made(rest, group)
             if way is None:
                 continue
-            if far := _far(way.run(), wanted):
+            if far := _far(way.run(), wanted, self.first.config):
                 self._drop(group, far)
                 continue
             ratio = self._ratio(way, self.best)
@@ -254,7 +254,7 @@ class _Search:
             for value in values:
                 options = {**self.best.options, name: value}
                 way = self._made(self.dropped, f"{name}={value}", options)
-                if way is None or _far(way.run(), wanted):
+                if way is None or _far(way.run(), wanted, self.first.config):
                     continue
                 ratio = self._ratio(way, self.best)
                 self.notes[f"{name}={value}"] = f"{ratio.text} of the time without"
@@ -342,15 +342,22 @@ def _seconds(run: Callable[[], Any], repeat: int) -> float:
     return (time.perf_counter() - start) / repeat
 
 
-def _far(given: Sequence[Any], wanted: Sequence[Any]) -> str:
+_ROUNDED = (
+    0.1  # how far results may be where factors are rounded to few bits: a sum in another order rounds some otherwise
+)
+_ROUNDED_TO_FOUR_BITS = 0.3
+
+
+def _far(given: Sequence[Any], wanted: Sequence[Any], config: Config) -> str:
     """How results are wrong, in words; "" where they differ by no more than another order of sums makes them.
 
     Of floating arrays alone: an integer may be the place of one of two numbers that are nearly equal.
     """
+    least = 0.0 if config.precision is None else _ROUNDED_TO_FOUR_BITS if "fp4" in repr(config.precision) else _ROUNDED
     for i, (ours, theirs) in enumerate(zip(given, wanted, strict=True)):
         if not jnp.issubdtype(theirs.dtype, jnp.inexact) or not theirs.size:
             continue
-        limit = min(0.1, 64 * float(jnp.finfo(theirs.dtype).eps) ** 0.75)
+        limit = max(least, min(0.1, 64 * float(jnp.finfo(theirs.dtype).eps) ** 0.75))
         wide = np.complex128 if jnp.issubdtype(theirs.dtype, jnp.complexfloating) else np.float64
         a, b = np.asarray(ours).astype(wide), np.asarray(theirs).astype(wide)
         finite = np.isfinite(b)
