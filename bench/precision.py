@@ -13,7 +13,7 @@ import json
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from kpx.hardware.cpu import model as cpu_model
 from kpx.observe import minilm
 from kpx.observe.demo import versions
 from kpx.observe.timing import interleaved
+from kpx.precision import Budget, assign
 
 PRECISIONS = ("f32", "bf16", "int8")
 KEPT = ("f32", "int8-weights", "int4-weights")
@@ -76,6 +77,33 @@ def accuracy() -> dict[str, dict[str, Any]]:
             "spearman_with_f32": spearman(given, wanted),
             "largest_difference": float(np.abs(given - wanted).max()),
             "counts": entry.program.compiled.precisions,
+        }
+    return found
+
+
+def budget(limits: Sequence[float] = (0.999, 0.9996)) -> dict[str, Any]:
+    """What budgets come to on the same pairs, by least rank correlation: one that all may be int8 for, and one that they may not."""
+    model, tokenizer = minilm.load()
+    texts = [[first for _, first, _ in pairs()], [second for _, _, second in pairs()]]
+    sides = [dict(minilm.tokenize(tokenizer, side, 32)) for side in texts]
+
+    def cosines(outputs: list) -> np.ndarray:
+        a, b = (
+            minilm.embed(torch.tensor(o[0]), side["attention_mask"]) for o, side in zip(outputs, sides, strict=True)
+        )
+        return (a * b).sum(-1).double().numpy()
+
+    def spearman_with_f32(outputs: list, reference: list) -> float:
+        return spearman(cosines(outputs), cosines(reference))
+
+    found = {}
+    for limit in limits:
+        made = assign(model, Budget(spearman_with_f32, limit, sides, strategy="local"))
+        found[str(limit)] = {
+            "reached": made.verified,
+            "shares": made.shares,
+            "tries": made.tries,
+            "verdict": made.verdict,
         }
     return found
 
@@ -161,6 +189,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for p in KEPT[1:]:
         console.print(f"A decoding step of 1B, {p}: {step['over_f32'][p]:.2f} times as fast as f32, in {step['held_of_f32'][p]:.3f} "
                       f"of its bytes, {step['distance_from_f32'][p]:.1g} from it.")  # fmt: skip
+    for row in result["budget"].values():
+        console.print(f"A budget: {row['verdict']}")
     for precision, row in result["sentences"].items():
         console.print(f"MiniLM, {len(pairs())} pairs, {precision}: Spearman {row['spearman_with_f32']:.5f} with f32's.")
 
@@ -173,7 +203,7 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     cases = {name: speed(name, options.rounds) for name in options.cases or _CASES}
     result = {"machine": cpu_model(), "versions": versions(), "rounds": options.rounds, "cases": cases,
-              "decode": decode(options.rounds), "sentences": accuracy()}  # fmt: skip
+              "decode": decode(options.rounds), "sentences": accuracy(), "budget": budget()}  # fmt: skip
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result, indent=2))
     show(Console(), result)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from kpx.errors import ConfigError
 from kpx.precision.assignment import Assignment
 from kpx.precision.budget import Budget, assign
+from kpx.precision.cache import KVCache
 from kpx.precision.calibrated import Calibrated, Calibration
 from kpx.precision.calibration import calibrate
 
 __all__ = [
-    "OPS", "PRECISIONS", "Assignment", "Budget", "Calibrated", "Calibration", "Policy", "Rule", "assign", "calibrate", "known", "policy",
+    "OPS", "PRECISIONS", "Assignment", "Budget", "Calibrated", "Calibration", "KVCache", "Policy", "Rule", "assign", "calibrate", "known", "policy",
 ]  # fmt: skip
 
 PRECISIONS = {

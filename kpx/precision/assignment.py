@@ -27,7 +27,8 @@ class Row:
         sizes: rows, columns, inner size.
         flops: of a batch.
         precision: what was chosen.
-        sensitivity: what the cheapest choice costs there, by the budget's strategy.
+        sensitivity: what the cheapest choice costs there, by the budget's strategy; None where all could be cheap, and none was
+            estimated.
         why: how it came to the choice.
     """
 
@@ -36,7 +37,7 @@ class Row:
     sizes: tuple[int, int, int]
     flops: int
     precision: str
-    sensitivity: float
+    sensitivity: float | None
     why: str
 
     @property
@@ -122,7 +123,7 @@ class Assignment:
         return [
             [
                 f"{r.path or '(no name)'}{f' #{r.nth}' if r.nth else ''}", " x ".join(map(str, r.sizes)), f"{r.flops / 1e9:.3g}",
-                r.precision, f"{r.sensitivity:.2g}", r.why,
+                r.precision, "" if r.sensitivity is None else f"{r.sensitivity:.2g}", r.why,
             ]
             for r in self.rows
         ]  # fmt: skip
@@ -143,7 +144,9 @@ class Assignment:
         for precision in dict.fromkeys(r.precision for r in self.rows):
             rows = [r for r in self.rows if r.precision == precision]
             shares = [100 * r.flops / total for r in rows]
-            axes.scatter(shares, [max(r.sensitivity, 1e-12) for r in rows], label=f"{precision}, {len(rows)} products")
+            axes.scatter(
+                shares, [max(r.sensitivity or 0.0, 1e-12) for r in rows], label=f"{precision}, {len(rows)} products"
+            )
         axes.set(xlabel="share of FLOPs, %", ylabel=f"sensitivity ({self.strategy})", yscale="log", title=self.verdict)
         axes.legend()
         figure.savefig(os.fspath(path), bbox_inches="tight")

@@ -212,9 +212,12 @@ class _Search:
 
     def run(self) -> Assignment:
         """The choices, and how they were come to."""
+        cheapest = dict.fromkeys(self.choices, 0)
+        if self.is_kept(score := self.score(cheapest)):
+            return self._assignment(cheapest, None, [], score)
         sensitivity = self._sensitivities()
         steps = self._steps(sensitivity)
-        scores: dict[int, float] = {}
+        scores = {0: score}
 
         def keeps(count: int) -> bool:
             if count not in scores:
@@ -227,14 +230,11 @@ class _Search:
                 f"The budget cannot be kept: {self.budget.name} {self._sign} {self.budget.limit} was asked for, and {best:.6g} is "
                 f"reached with {self.exact} everywhere. Give another limit, or add 'f32' to `precisions`."
             )
-        low, high = -1, len(steps)
-        if keeps(0):
-            high = 0
-        while high - low > 1 and high:
+        low, high = 0, len(steps)
+        while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if keeps(middle) else (middle, high)
-        chosen = self._raised(steps[:high])
-        return self._assignment(chosen, sensitivity, steps, high, scores[high])
+        return self._assignment(self._raised(steps[:high]), sensitivity, steps[:high], scores[high])
 
     @property
     def _sign(self) -> str:
@@ -281,31 +281,24 @@ class _Search:
                 found.append((-worth, level, key))  # a place's own steps stay in order
         return [key for _, _, key in sorted(found, key=lambda step: step[:2])]
 
-    def _assignment(self, chosen, sensitivity, steps, count: int, score: float) -> Assignment:
-        order = {key: i for i, key in reversed(list(enumerate(steps[:count])))}
+    def _assignment(
+        self,
+        chosen: Mapping[Any, int],
+        sensitivity: Mapping[Any, Sequence[float]] | None,
+        steps: Sequence[Any],
+        score: float,
+    ) -> Assignment:
+        order = {key: i for i, key in reversed(list(enumerate(steps)))}
         rows = []
         for place in self.study.places:
-            names, level = self.choices[place.key], chosen[place.key]
-            why = f"raised as number {order[place.key] + 1} of {count}" if place.key in order else "as cheap as may be"
-            if not place.by_weight:
-                why += "; no product by a weight"
-            rows.append(
-                Row(
-                    place.path, place.nth, place.sizes, place.flops, names[level], float(sensitivity[place.key][0]), why
-                )
-            )
-        b = self.budget
-        return Assignment(
-            tuple(rows),
-            b.name,
-            b.limit,
-            score,
-            self.exact,
-            b.precisions,
-            b.strategy,
-            self.tries,
-            calibration=b.calibration,
-        )
+            key, precision = place.key, self.choices[place.key][chosen[place.key]]
+            why = f"raised as number {order[key] + 1} of {len(steps)}" if key in order else "as cheap as may be"
+            why += "" if place.by_weight else "; no product by a weight"
+            estimated = None if sensitivity is None else float(sensitivity[key][0])
+            rows.append(Row(place.path, place.nth, place.sizes, place.flops, precision, estimated, why))
+        b, tries = self.budget, self.tries
+        made = (b.name, b.limit, score, self.exact, b.precisions, b.strategy, tries)
+        return Assignment(tuple(rows), *made, calibration=b.calibration)
 
 
 def _verified(model: Any, study: Any, budget: Budget, found: Assignment) -> Assignment:

@@ -129,6 +129,12 @@ def _finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0.0)
 
 
+def in_integers(x: jax.Array, most: int, axis: int | None) -> tuple[jax.Array, jax.Array]:
+    """Whole numbers in [-most, most], in f32, and the scales that they are to be multiplied by (see `scaled`)."""
+    by, scale = _scales(jnp.max(magnitudes(x), axis=axis, keepdims=True), most)
+    return jax.lax.round(_finite(x) * by, jax.lax.RoundingMethod.TO_NEAREST_EVEN), scale
+
+
 def _scales(largest: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
     """What numbers are multiplied by so that the largest becomes the limit, and the scale that takes that back."""
     by = np.float32(limit) / largest
@@ -226,8 +232,8 @@ def quantize_dequantize(x: Any, scheme: str, axis: int | None = -1) -> jax.Array
         numbers, scale = scaled(x, scheme, axis)
         return numbers * scale
     if scheme in _INTEGERS:
-        by, scale = _scales(jnp.max(magnitudes(x), axis=axis, keepdims=True), _INTEGERS[scheme])
-        return jax.lax.round(_finite(x) * by, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * scale
+        numbers, scale = in_integers(x, _INTEGERS[scheme], axis)
+        return numbers * scale
     block = BLOCKS[scheme][1]
     if axis is None or x.shape[axis] % block:
         raise ConfigError(

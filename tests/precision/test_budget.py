@@ -191,3 +191,12 @@ def test_jit_and_training_take_no_budget():
         kpx.jit(lambda x: x, config=kpx.Config(precision=budget))
     with pytest.raises(ConfigError, match="for inference"):
         kpx.optimize(_model(), training=True, config=kpx.Config.training(precision=budget))
+
+
+@pytest.mark.models
+def test_sentences_keep_their_order_with_most_of_the_products_in_int8():
+    from bench import precision as bench
+
+    (found,) = bench.budget([0.999]).values()
+    assert found["reached"] >= 0.999
+    assert found["shares"]["int8"] >= 0.8
