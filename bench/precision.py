@@ -33,6 +33,7 @@ from kpx.precision import Budget, assign
 
 PRECISIONS = ("f32", "bf16", "int8")
 KEPT = ("f32", "int8-weights", "int4-weights")
+FEW = ("fp8", "mxfp8", "nvfp4", "mxfp4")
 _CASES = ("bert", "vit", "llama")
 _PEERS = {"torch eager": peers.eager, "torch.compile": peers.compiled_by_torch, "OpenVINO": peers.openvino}
 _PAIRS = pathlib.Path(__file__).resolve().parents[1] / "tests" / "data" / "similarity.tsv"
@@ -68,7 +69,7 @@ def accuracy() -> dict[str, dict[str, Any]]:
     """By precision, the rank correlation with f32's similarities, and with the pairs' own grades."""
     model, tokenizer = minilm.load()
     wanted, found = None, {}
-    for precision in dict.fromkeys((*PRECISIONS, *KEPT)):
+    for precision in dict.fromkeys((*PRECISIONS, *KEPT, *FEW)):
         optimized = kpx.optimize(model, config=_config(precision))
         given = similarities(optimized, tokenizer)
         wanted = given if wanted is None else wanted

@@ -92,7 +92,9 @@ def lower(
     """
     lowering = _Lowering(module, policy, device, "onednn" in features, FewBits(module, device, features))
     with module.context, ir.Location.unknown():
-        for site in sites(module):
+        found = sites(module)
+        lowering.tables = {_source(site.op.operand) for site in found if site.kind == "embedding"}
+        for site in found:
             if (site.kind == "convolution") != convolutions:
                 continue
             rule = policy.rule(site.kind, site.path, site.sizes, site.nth, by_weight=site.by_weight)
@@ -178,6 +180,7 @@ class _Lowering:
     device: Device
     with_onednn: bool
     few: FewBits
+    tables: set[Value] = field(default_factory=set)
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
 
     @functools.cached_property
@@ -189,6 +192,9 @@ class _Lowering:
         op, wanted = site.op, rule.precision
         own = m.element_type(op.operands[0])
         if wanted in _BITS:
+            # Of a table that the last layer reads too, one copy is held, and the rows that are taken need more bits.
+            if site.kind == "embedding" or (site.by_weight and _source(op.rhs) in self.tables):
+                wanted = "int8-weights"
             return wanted if self._keep_weight(site, _BITS[wanted]) else own
         if site.kind == "product" and isinstance(op, stablehlo.DotGeneralOp):
             if wanted == "int8" and site.by_weight:
@@ -274,6 +280,13 @@ class _Lowering:
             (inner,) = stablehlo.DotDimensionNumbers(wide.dot_dimension_numbers).rhs_contracting_dimensions
             _replace(wide, weights_only.product(wide, inner, bits, self.device.platform))
         return True
+
+
+def _source(value: Value) -> Value:
+    """What a value is a conversion or transposition of."""
+    while isinstance(op := m.producer(value), (stablehlo.TransposeOp, stablehlo.ConvertOp)):
+        value = op.operand
+    return value
 
 
 def _replace(op: Any, value: Value) -> None:

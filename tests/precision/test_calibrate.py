@@ -129,3 +129,15 @@ def test_zeros_in_data_and_weights_are_no_harm():
     calibration = calibrate(model, [torch.zeros(2, 24, 64), X])
     assert all(np.isfinite(e.balance).all() for e in calibration.entries.values() if e.balance is not None)
     assert _error(model, "int8", calibration) < 0.05
+
+
+def test_a_program_that_is_kept_is_of_its_calibration(tmp_path):
+    model = _model()
+    balanced, plain = calibrate(model, BATCHES), calibrate(model, BATCHES, balance=False)
+    results = []
+    for calibration in (balanced, plain, balanced):
+        config = kpx.Config(precision=Policy("int8", calibration=calibration), cache_dir=str(tmp_path), measure_seconds=0)
+        with torch.no_grad():
+            results.append(kpx.optimize(model, config=config)(X))
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])

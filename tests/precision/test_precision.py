@@ -496,3 +496,29 @@ def test_a_bf16_models_few_rows_are_no_farther_from_f64_than_eagers(rows):
         eager, wanted = layer(x), layer.double()(x.double())
     assert given.dtype == torch.bfloat16
     assert_closer(given.double(), eager.double(), wanted)
+
+
+class Tied(torch.nn.Module):
+    """A table of embeddings that is the last layer's weight too."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = torch.nn.Embedding(512, 64)
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, numbers):
+        return self.layer(self.tokens(numbers)) @ self.tokens.weight.T
+
+
+def test_a_table_that_is_the_last_layer_too_is_held_once():
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.arange(4)
+    optimized = kpx.optimize(model, config=kpx.Config(precision="int4-weights"))
+    with torch.no_grad():
+        given, wanted = optimized(x), model(x)
+    assert optimized.compile_for([x], {}).precisions == {"int8-weights": 2, "int4-weights": 1}
+    assert distance(given.double(), wanted.double()) < 0.12
+    (entry,) = optimized._entries.values()
+    table, scales = 512 * 64, 512 * 4
+    layer = 64 * 64 // 2 + 64 * 2 * 4 + 64 * 4  # halves of bytes, scales of groups, the bias
+    assert sum(a.nbytes for a in entry.program.held) == table + scales + layer
