@@ -280,10 +280,13 @@ def _prepare(module: Any) -> None:
 
 
 def _grouped(found: Sequence[Site]) -> list[tuple[Place, list[Site]]]:
-    """Sites by place; those that are no products by weights together, for what is fused is one op elsewhere."""
+    """Sites by place; those that are no products by weights together, for what is fused is one op elsewhere. Not those in loops,
+    whose numbers are others at each turn: they stay exact.
+    """
     groups: dict[tuple[str, int | None], list[Site]] = {}
     for site in found:
-        if site.kind == "product":
+        inside = isinstance(site.op.operation.parent.opview, func.FuncOp)
+        if site.kind == "product" and inside:
             groups.setdefault((site.path, site.nth if site.by_weight else None), []).append(site)
     return [(Place(*key, group[0].sizes, sum(s.flops for s in group)), group) for key, group in groups.items()]
 

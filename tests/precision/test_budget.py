@@ -193,6 +193,20 @@ def test_jit_and_training_take_no_budget():
         kpx.optimize(_model(), training=True, config=kpx.Config.training(precision=budget))
 
 
+def test_products_in_loops_stay_exact():
+    w = jax.random.normal(jax.random.key(0), (2, 32, 32)) / 6
+    x = jax.random.normal(jax.random.key(1), (16, 32))
+
+    def model(x):
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+        return x @ w[0]
+
+    found = assign(model, Budget("relative error", 0.02, [x]))
+    assert [row.precision for row in found.rows] == ["int8"]
+    assert found.policy.default == "f32"
+    assert 1e-4 < found.verified < 0.02
+
+
 @pytest.mark.models
 def test_sentences_keep_their_order_with_most_of_the_products_in_int8():
     from bench import precision as bench

@@ -136,7 +136,9 @@ def test_a_program_that_is_kept_is_of_its_calibration(tmp_path):
     balanced, plain = calibrate(model, BATCHES), calibrate(model, BATCHES, balance=False)
     results = []
     for calibration in (balanced, plain, balanced):
-        config = kpx.Config(precision=Policy("int8", calibration=calibration), cache_dir=str(tmp_path), measure_seconds=0)
+        config = kpx.Config(
+            precision=Policy("int8", calibration=calibration), cache_dir=str(tmp_path), measure_seconds=0
+        )
         with torch.no_grad():
             results.append(kpx.optimize(model, config=config)(X))
     assert not torch.equal(results[0], results[1])
