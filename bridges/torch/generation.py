@@ -31,9 +31,17 @@ def compile_config(backend: Callable) -> Any:
 def generate(model: torch.nn.Module, config: Any, history: ShapeHistory, *args, **kwargs) -> Any:
     """`model.generate(...)` over a static KV cache: the prompt is one program, all decoding steps another.
 
+    Args:
+        cache_precision: (of `kwargs`) `"int8"` keeps keys and values so; None, as the model has them.
+
     Raises:
-        InputError: a cache that grows was asked for.
+        InputError: a cache that grows was asked for, or one in a precision that there is none in.
     """
+    precision = kwargs.pop("cache_precision", None)
+    if precision not in (None, "int8"):
+        raise InputError(
+            f"`cache_precision={precision!r}` was given. A cache is kept in 'int8', or as the model has it: None."
+        )
     asked = kwargs.setdefault("cache_implementation", "static")
     if asked != "static":
         raise InputError(
@@ -44,18 +52,20 @@ def generate(model: torch.nn.Module, config: Any, history: ShapeHistory, *args, 
     prompt = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
     if prompt is not None:
         history.note([tuple(prompt.shape)])
-    with _steady_caches(model), torch._dynamo.config.patch(recompile_limit=_PROGRAMS):
+    with _steady_caches(model, precision), torch._dynamo.config.patch(recompile_limit=_PROGRAMS):
         return model.generate(*args, compile_config=config, **kwargs)
 
 
 @contextlib.contextmanager
-def _steady_caches(model: Any) -> Iterator[None]:
-    """Static caches whose lengths repeat, and whose layers have one program for all steps.
+def _steady_caches(model: Any, precision: str | None) -> Iterator[None]:
+    """Static caches whose lengths repeat, whose layers have one program for all steps, and keep tokens in a precision.
 
     transformers counts the tokens of a sliding window in Python, and every count is a program of its own. A layer that
     keeps all tokens gives the same: the mask hides what has left the window.
     """
     if not hasattr(model, "_prepare_static_cache"):  # before transformers 5
+        if precision is not None:
+            raise InputError("A cache in int8 needs transformers 5 or later.")
         yield
         return
     prepare = model._prepare_static_cache
@@ -63,7 +73,10 @@ def _steady_caches(model: Any) -> Iterator[None]:
     def prepared(*args, max_cache_len: int, **kwargs):
         length = -(-max_cache_len // _CACHE_STEP) * _CACHE_STEP
         cache = prepare(*args, max_cache_len=length, **kwargs)
-        _unroll_windows(getattr(cache, "self_attention_cache", cache).layers, model._previous_max_cache_length)
+        layers = getattr(cache, "self_attention_cache", cache).layers
+        _unroll_windows(layers, model._previous_max_cache_length)
+        if precision is not None:
+            _shrink(layers)
         return cache
 
     model._prepare_static_cache = prepared
@@ -79,5 +92,18 @@ def _unroll_windows(layers: list, length: int) -> None:
     for i, layer in enumerate(layers):
         if type(layer) is StaticSlidingWindowLayer:
             layers[i] = StaticLayer(max_cache_len=length)
+            if layer.is_initialized:
+                layers[i].lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
+
+
+def _shrink(layers: list) -> None:
+    """Has new layers that keep all tokens keep them in int8."""
+    from transformers.cache_utils import StaticLayer
+
+    from kpx.bridges.torch.small_cache import Int8Layer
+
+    for i, layer in enumerate(layers):
+        if type(layer) is StaticLayer:
+            layers[i] = Int8Layer(max_cache_len=layer.max_cache_len)
             if layer.is_initialized:
                 layers[i].lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])

@@ -173,6 +173,8 @@ class OptimizedModule(torch.nn.Module):
     def generate(self, *args, **kwargs):
         """Hugging Face's `generate()` over a static KV cache: prompt and decoding steps are compiled programs.
 
+        With `cache_precision="int8"` keys and values are kept in int8, each token's and head's by a scale of its own.
+
         Raises:
             InputError: the model has no `generate`, or another kind of cache was asked for.
         """

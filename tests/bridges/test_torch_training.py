@@ -111,6 +111,24 @@ def test_fused_attention_over_transposed_heads_has_pytorchs_gradients(causal):
     _same_gradients(eager, model)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_whose_heads_share_keys_has_pytorchs_gradients(causal):
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.both = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            q = self.query(x).unflatten(-1, (4, 4)).transpose(1, 2)
+            k, v = (a.unflatten(-1, (2, 4)).transpose(1, 2) for a in self.both(x).chunk(2, -1))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    eager, model = _models(Shared)
+    _step(eager, eager, _x(2, 6, 16))
+    _step(kpx.optimize(model, training=True), model, _x(2, 6, 16))
+    _same_gradients(eager, model)
+
+
 def test_an_input_gets_its_gradient_too():
     eager, model = _models()
     a, b = _x(4, 8).requires_grad_(), _x(4, 8).requires_grad_()

@@ -1,5 +1,7 @@
 """FP8 and block formats as a rewrite: what products become, in the backward pass too, and on targets that have units for them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,9 +201,28 @@ def test_targets_with_units_have_such_products_and_none_widened(target, scheme, 
     assert compiled.emulated == {}
     assert f"{element}[" in compiled.hlo
     assert "bf16[" not in compiled.hlo
-    for line in compiled.hlo.splitlines():
-        if " dot(" in line and "f32[128," in line:
-            assert not {"bf16", "f16"} & set(line.split("(")[1])
+    kinds = _factors(compiled.hlo)
+    assert bool(kinds) == (scheme != "nvfp4")  # which cuDNN computes
+    assert all(kind.startswith("f8e") for kind in kinds)
+
+
+@pytest.mark.parametrize("target", ["cuda:h100", "rocm:mi300", "rocm:mi355", "cuda:b200", "tpu-v7x:2x2x1"])
+def test_training_steps_have_fp8_products_there_and_none_widened(target):
+    try:
+        compiled = kpx.compile(jax.grad(_loss), _weights(), X, target=target, config=kpx.Config(precision="fp8"))
+    except kpx.errors.TargetError as error:
+        pytest.skip(f"not run: {error}")
+    kinds = _factors(compiled.hlo)
+    assert len(kinds) == 2 * 17
+    assert all(kind.startswith("f8e") for kind in kinds)
+    assert sum(kind.startswith("f8e5m2") for kind in kinds) == 11
+
+
+def _factors(hlo):
+    """The element types of the factors of a program's products."""
+    kinds = dict(re.findall(r"%([\w.-]+)(?:\.clone\S*)? = (\w+)\[", hlo))
+    products = re.findall(r" (?:dot|convolution|scaled-dot)\(%([\w.-]+), %([\w.-]+)[,)]", hlo)
+    return [kinds[name] for pair in products for name in pair]
 
 
 @pytest.mark.parametrize("target", ["cuda:a100", "tpu-v6e:1x1"])

@@ -46,11 +46,18 @@ def _scores(query, key, mask, causal, scale):
     return scores, jnp.asarray(scale, wide)
 
 
+def _for_each_head(array, query):
+    """Keys or values, repeated for the heads that share them."""
+    groups = query.shape[-3] // array.shape[-3]
+    return array if groups == 1 else jnp.repeat(array, groups, -3)
+
+
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def flash_attention(query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
     """Attention, and the logarithm of each row's sum, which the backward op takes."""
-    out = nn.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
-    scores, _ = _scores(query, key, attn_mask, is_causal, scale)
+    shared = query.shape[-3] != key.shape[-3]
+    out = nn.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=shared)
+    scores, _ = _scores(query, _for_each_head(key, query), attn_mask, is_causal, scale)
     return out, jax.nn.logsumexp(scores, -1)
 
 
@@ -59,6 +66,8 @@ def flash_attention_backward(
     grad, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None
 ):
     """Weights from the saved sums, and no more products than needed (arXiv 2205.14135, algorithm 4)."""
+    groups = query.shape[-3] // key.shape[-3]
+    key, value = _for_each_head(key, query), _for_each_head(value, query)
     scores, factor = _scores(query, key, attn_mask, is_causal, scale)
     wide = scores.dtype
     hidden = jnp.isneginf(logsumexp)[..., None]
@@ -73,7 +82,6 @@ def flash_attention_backward(
     delta = jnp.sum(grad.astype(wide) * out.astype(wide), -1, keepdims=True)
     by_scores = (weights * (by_weights - delta) * factor).astype(grad.dtype)
     by_query, by_key = product(by_scores, key), product(jnp.swapaxes(by_scores, -1, -2), query)
-    groups = query.shape[-3] // key.shape[-3]
     if groups > 1:  # heads that share a key: their gradients add up
         by_key, by_value = (a.reshape(*a.shape[:-3], -1, groups, *a.shape[-2:]).sum(-3) for a in (by_key, by_value))
     return by_query.astype(query.dtype), by_key.astype(key.dtype), by_value.astype(value.dtype)
