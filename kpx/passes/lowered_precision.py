@@ -7,10 +7,9 @@ stream are never touched, nor are a model's parameters: what is made of them is 
 from __future__ import annotations
 
 import collections
-import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +30,7 @@ _ELEMENT = {"bf16": "bf16", "f16": "f16", "int8": "bf16", **dict.fromkeys(SCHEME
 _FLOATS = ("f32", "bf16", "f16")
 _BITS = {"int8-weights": 8, "int4-weights": 4}
 _MOST_EXPERTS = 1024
+_TOLD_APART = {"f16", *SCHEMES}  # precisions for which it matters what a product computes
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Site:
         nth: of those of its kind at its place; products by weights are counted apart from others.
         sizes: rows, columns, inner size.
         by_weight: whether it is a product by a matrix of weights.
+        role, gradient: of a product, see `Provenance.of`; forward where nobody asked.
     """
 
     op: Any
@@ -51,6 +52,8 @@ class Site:
     nth: int
     sizes: tuple[int, int, int]
     by_weight: bool = False
+    role: str = FORWARD
+    gradient: int | None = None
 
     @property
     def flops(self) -> int:
@@ -93,7 +96,10 @@ def lower(
     lowering = _Lowering(module, policy, device, "onednn" in features, FewBits(module, device, features))
     with module.context, ir.Location.unknown():
         found = sites(module)
-        lowering.tables = {_source(site.op.operand) for site in found if site.kind == "embedding"}
+        if _TOLD_APART & {policy.default, *(rule.precision for rule in policy.rules)}:
+            tell_apart(module, found)
+        tables = (_source(site.op.operand) for site in found if site.kind == "embedding")
+        lowering.tables = {table for table in tables if isinstance(table.owner, ir.Block)}  # which stay where they are
         for site in found:
             if (site.kind == "convolution") != convolutions:
                 continue
@@ -109,6 +115,14 @@ def lower(
                 lowering.counts[lowering.lower(site, rule)] += 1
     m.inline_calls(module)
     return lowering.counts, lowering.few.emulated
+
+
+def tell_apart(module: ir.Module, found: Sequence[Site]) -> None:
+    """Notes of products what each computes; before anything is changed, for values are told by what they are now."""
+    provenance = Provenance(module)
+    for site in found:
+        if site.kind == "product" and isinstance(site.op, stablehlo.DotGeneralOp) and not site.by_weight:
+            site.role, site.gradient = provenance.of(site.op)
 
 
 def path_of(names: str) -> str:
@@ -183,10 +197,6 @@ class _Lowering:
     tables: set[Value] = field(default_factory=set)
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
 
-    @functools.cached_property
-    def provenance(self) -> Provenance:
-        return Provenance(self.module)
-
     def lower(self, site: Site, rule: Rule) -> str:
         """Computes an op in a precision, or in the one that this precision has for it; gives which."""
         op, wanted = site.op, rule.precision
@@ -214,14 +224,13 @@ class _Lowering:
             _replace(wide, int8_products.product(wide, self.with_onednn, static))
 
     def _few_bits(self, site: Site, rule: Rule) -> str:
-        role, gradient = (FORWARD, None) if site.by_weight else self.provenance.of(site.op)
         op, static = site.op, None
         if site.by_weight:
             op, static = self._calibrated(op, site, rule.precision)
         done = self.few.lower(
-            op, rule.precision, gradient, by_row=site.by_weight, stochastic=rule.stochastic, static=static
+            op, rule.precision, site.gradient, by_row=site.by_weight, stochastic=rule.stochastic, static=static
         )
-        return (rule.precision if role == FORWARD else f"{rule.precision} {role}") if done else ""
+        return (rule.precision if site.role == FORWARD else f"{rule.precision} {site.role}") if done else ""
 
     def _calibrated(self, op: Any, site: Site, precision: str) -> tuple[Any, float | None]:
         """A product by a weight with its channels balanced, and its first factor's scale, as far as they were calibrated."""
@@ -250,8 +259,8 @@ class _Lowering:
         if narrow_composites.is_composite(op):
             places = narrow_composites.factors(self.module, op)
             return element if narrow_composites.narrow(self.module, op, places, element, self.device) else "f32"
-        if site.kind == "product" and element == "f16" and (gradient := self.provenance.of(op)[1]) is not None:
-            self.few.lower_f16(op, gradient)
+        if element == "f16" and site.gradient is not None:
+            self.few.lower_f16(op, site.gradient)
             return element
         narrow = [m.convert(v, element) for v in (op.lhs, op.rhs)]
         if site.kind == "product":

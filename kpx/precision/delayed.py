@@ -18,8 +18,7 @@ from kpx.ir.call import call_module
 from kpx.ir.module import func, ir, stablehlo
 from kpx.passes import composites
 from kpx.passes.composites import Device
-from kpx.passes.lowered_precision import sites
-from kpx.passes.provenance import Provenance
+from kpx.passes.lowered_precision import sites, tell_apart
 from kpx.precision.products import How, delayed_product
 
 
@@ -115,18 +114,16 @@ class Delayed:
 
 def _rewrite(module: ir.Module, history: int, device: Device, units: frozenset[str]) -> int:
     """Puts FP8 products with delayed scaling in the place of products, in place; gives how many."""
-    provenance = Provenance(module)
+    found = sites(module)
+    tell_apart(module, found)
     found = [
-        s
-        for s in sites(module)
-        if s.kind == "product" and isinstance(s.op, stablehlo.DotGeneralOp) and not _is_stack(s.op)
+        s for s in found if s.kind == "product" and isinstance(s.op, stablehlo.DotGeneralOp) and not _is_stack(s.op)
     ]
     largest = []
     with module.context, ir.Location.unknown():
         state = m.add_argument(module, m.tensor([len(found), 2, history], "f32"))
         for i, site in enumerate(found):
-            gradient = provenance.of(site.op)[1]
-            y, seen = _call(module, site.op, state, _function(site.op, i, _how(gradient, units)), device)
+            y, seen = _call(module, site.op, state, _function(site.op, i, _how(site.gradient, units)), device)
             site.op.results[0].replace_all_uses_with(y)
             site.op.operation.erase()
             largest.append(seen)

@@ -85,6 +85,17 @@ def test_a_differentiated_modules_products_are_told_apart(scheme):
     assert 1e-3 < distance(given, wanted) < 2.5 * _FAR[scheme]
 
 
+def test_products_of_products_are_told_apart():
+    def loss(weights, x):
+        for w in weights:
+            x = x @ w
+        return (x**2).mean()
+
+    weights = [jnp.eye(64) + 0.1 * jax.random.normal(jax.random.key(i), (64, 64)) for i in range(4)]
+    compiled = kpx.compile(jax.grad(loss), weights, X, config=kpx.Config(precision="fp8"))
+    assert compiled.precisions == {"fp8": 4, "fp8 dgrad": 3, "fp8 wgrad": 4}
+
+
 def test_fp8_gradients_are_e5m2_and_all_else_e4m3():
     compiled = kpx.compile(jax.grad(_loss), _weights(), X, target="cuda:h100", config=kpx.Config(precision="fp8"))
     dots = [line for line in compiled.stablehlo.splitlines() if "dot_general" in line]
@@ -92,7 +103,8 @@ def test_fp8_gradients_are_e5m2_and_all_else_e4m3():
     assert sum("f8E5M2>" not in line and "f8E4M3FN>" in line for line in dots) == 6
 
 
-def test_pytorchs_backward_pass_is_told_apart_too(monkeypatch):
+@pytest.mark.parametrize("between", [torch.nn.Tanh, torch.nn.Identity])
+def test_pytorchs_backward_pass_is_told_apart_too(monkeypatch, between):
     seen = {}
 
     def lower(*args, real=lowered_precision.lower, **kwargs):
@@ -102,10 +114,10 @@ def test_pytorchs_backward_pass_is_told_apart_too(monkeypatch):
 
     monkeypatch.setattr(lowered_precision, "lower", lower)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16))
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), between(), torch.nn.Linear(64, 48), torch.nn.Linear(48, 16))
     x = torch.randn(8, 32)
     (kpx.optimize(model, training=True, config=kpx.Config.training(precision="fp8"))(x) ** 2).mean().backward()
-    assert seen == {"fp8": 2, "fp8 dgrad": 1, "fp8 wgrad": 2}
+    assert seen == {"fp8": 3, "fp8 dgrad": 2, "fp8 wgrad": 3}
     given = torch.cat([p.grad.double().flatten() for p in model.parameters()])
     model.zero_grad()
     (model(x) ** 2).mean().backward()
