@@ -43,7 +43,10 @@ def _cost(found):
     return sum(row.flops * BITS[row.precision] for row in found.rows)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+_SLOW = ("local", "entropy", "gradient")
+
+
+@pytest.mark.parametrize("strategy", [pytest.param(s, marks=[pytest.mark.slow] * (s in _SLOW)) for s in STRATEGIES])
 def test_every_strategy_keeps_the_limit_with_most_products_cheap(strategy):
     model = _model()
     found = _found(strategy)
@@ -53,6 +56,7 @@ def test_every_strategy_keeps_the_limit_with_most_products_cheap(strategy):
     assert _reached(model, "int8") > 0.012  # else there was nothing to find
 
 
+@pytest.mark.slow
 def test_measured_sensitivity_finds_as_cheap_an_assignment_as_trying_all():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -106,6 +110,7 @@ def test_a_metric_of_the_same_outputs_is_perfect(metric):
     assert METRICS[metric](outputs, outputs) == pytest.approx({"relative error": 0, "cosine": 1, "top-1": 1}[metric])
 
 
+@pytest.mark.slow
 def test_a_calibration_lets_more_products_be_cheap():
     model = _model()
     plain = _found()

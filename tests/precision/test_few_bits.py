@@ -218,7 +218,10 @@ def test_targets_with_units_have_such_products_and_none_widened(target, scheme, 
     assert all(kind.startswith("f8e") for kind in kinds)
 
 
-@pytest.mark.parametrize("target", ["cuda:h100", "rocm:mi300", "rocm:mi355", "cuda:b200", "tpu-v7x:2x2x1"])
+_MORE = [pytest.param(t, marks=pytest.mark.slow) for t in ("rocm:mi355", "cuda:b200", "tpu-v7x:2x2x1")]
+
+
+@pytest.mark.parametrize("target", ["cuda:h100", "rocm:mi300", *_MORE])
 def test_training_steps_have_fp8_products_there_and_none_widened(target):
     try:
         compiled = kpx.compile(jax.grad(_loss), _weights(), X, target=target, config=kpx.Config(precision="fp8"))
