@@ -82,7 +82,8 @@ class Rule:
             self.op in ("*", op)
             and self.nth in (None, nth)
             and self.by_weight in (None, by_weight)
-            and fnmatch.fnmatchcase(path, self.path)
+            # What is computed at `encoder/0` itself is of `encoder/0/*` too.
+            and any(fnmatch.fnmatchcase(p, self.path) for p in (path, path + "/"))
             and all(map(int.__ge__, sizes, least))
         )
 
