@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 # A process a core, up to four, since each may hold a compiler; a file's tests stay together.
-PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 25
 
 # Compilers for targets that are not here, where the tests of all environments find them.
 export KPX_PLUGINS ?= $(CURDIR)/.plugins

@@ -133,6 +133,7 @@ def test_a_config_takes_a_budget_and_reuses_what_was_saved(tmp_path, monkeypatch
         torch.testing.assert_close(again(X), first, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"limit": 0.02}, {"strategy": "local"}, {"precisions": ("int8", "f32")}])
 def test_a_file_for_another_budget_is_made_anew(tmp_path, change):
     model, file = _model(), tmp_path / "assignment.json"
@@ -212,6 +213,7 @@ def test_products_in_loops_stay_exact():
     assert 1e-4 < found.verified < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.models
 def test_sentences_keep_their_order_with_most_of_the_products_in_int8():
     from bench import precision as bench

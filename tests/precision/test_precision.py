@@ -354,6 +354,7 @@ def test_every_name_is_described():
     assert all(len(text) > 10 for text in PRECISIONS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.models
 @pytest.mark.parametrize(
     ("precision", "least"),
