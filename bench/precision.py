@@ -113,7 +113,7 @@ def speed(name: str, rounds: int) -> dict[str, Any]:
     """Median seconds of a case's calls, and how far kpx's outputs are from f32's."""
     model, inputs = CASES[name].make()
     calls: dict[str, Callable[[], Any]] = {}
-    outputs, counts = {}, {}
+    outputs, counts, failed = {}, {}, {}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for precision in PRECISIONS:
@@ -129,12 +129,13 @@ def speed(name: str, rounds: int) -> dict[str, Any]:
             except Exception as error:  # of types of their own
                 print(f"{name}: {peer} failed: {str(error).splitlines()[0][:100]}", file=sys.stderr)
                 calls.pop(f"{peer} bf16", None)
+                failed[peer] = str(error).splitlines()[0][:200]
         interleaved(calls, 1)
         seconds = interleaved(calls, rounds)
     far = {p: float((o - outputs["f32"]).norm() / outputs["f32"].norm()) for p, o in outputs.items()}
     theirs = min(s for way, s in seconds.items() if not way.startswith("kpx"))
     return {
-        "median_seconds": seconds, "distance_from_f32": far, "counts": counts,
+        "median_seconds": seconds, "distance_from_f32": far, "counts": counts, "peers_that_failed": failed,
         "over_kpx_f32": {p: seconds["kpx f32"] / seconds[f"kpx {p}"] for p in PRECISIONS},
         "over_the_fastest_bf16_peer": {p: theirs / seconds[f"kpx {p}"] for p in PRECISIONS},
     }  # fmt: skip

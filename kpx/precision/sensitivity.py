@@ -62,8 +62,8 @@ def gradient(study: Any, choices: Mapping[Any, Sequence[str]], ways: Mapping[Any
     """By place, how far the outputs move to first order when each choice is taken there: its error, through the derivative of random
     combinations of the outputs."""
     totals = [{} for _ in study.batches]
-    for found, (function, arrays) in zip(totals, study.functions(), strict=True):
-        probes = _Probes(function, arrays, ways)
+    for found, (function, arrays, weights) in zip(totals, study.functions(), strict=True):
+        probes = _Probes(function, arrays, weights, ways)
         for seed in range(_DIRECTIONS):
             for key, value in probes.moved(seed).items():
                 found[key] = found.get(key, 0.0) + np.asarray(value, np.float64) ** 2 / _DIRECTIONS
@@ -89,10 +89,12 @@ def _completed(study, choices, ways, found: Sensitivities) -> Sensitivities:
 class _Probes:
     """A model's derivative by the results of its products by weights."""
 
-    def __init__(self, function: Callable, arrays: Sequence[jax.Array], ways: Mapping[Any, Sequence[Any]]):
+    def __init__(
+        self, function: Callable, arrays: Sequence[jax.Array], weights: int, ways: Mapping[Any, Sequence[Any]]
+    ):
         self._jaxpr, self._ways = jax.make_jaxpr(function)(*arrays), ways
         self._arrays = arrays
-        self._weights = function.weights  # type: ignore[attr-defined]
+        self._weights = weights
         shapes: dict[Any, Any] = {}
         jax.eval_shape(lambda: self._run({}, shapes))
         self._zeros = {key: jnp.zeros(s.shape, s.dtype) for key, (s, _) in shapes.items() if key in ways}

@@ -170,17 +170,16 @@ class Study:
     def outputs(self) -> list[Any]:
         return self.chooser({})({})
 
-    def functions(self) -> list[tuple[Callable, list[jax.Array]]]:
-        """For each batch, the model as a function of arrays, weights first (its attribute `weights` says how many), and these."""
+    def functions(self) -> list[tuple[Callable, list[jax.Array], int]]:
+        """For each batch, the model as a function of arrays, weights first, these arrays, and how many of them are weights."""
         leaves, tree = jax.tree.flatten(self._weights)
 
-        def of(batch: _Batch) -> tuple[Callable, list[jax.Array]]:
+        def of(batch: _Batch) -> tuple[Callable, list[jax.Array], int]:
             def flat(*arrays):
                 args, kwargs = batch.unflattened(arrays[len(leaves) :])
                 return jax.tree.leaves(self._function(jax.tree.unflatten(tree, arrays[: len(leaves)]), *args, **kwargs))
 
-            flat.weights = len(leaves)  # type: ignore[attr-defined]
-            return flat, [*leaves, *batch.arrays]
+            return flat, [*leaves, *batch.arrays], len(leaves)
 
         return [of(batch) for batch in self.batches]
 
