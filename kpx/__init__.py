@@ -21,6 +21,7 @@ from kpx.errors import (
     KernelError,
     KpxError,
     OutOfMemoryError,
+    PlanError,
     RecompileWarning,
     RewriteError,
     RewriteWarning,
@@ -33,6 +34,7 @@ from kpx.observe.compare import compare
 from kpx.observe.explain import explain
 from kpx.observe.validate import bisect, validate
 from kpx.runtime.compiled import Compiled
+from kpx.sharding.plan import Plan, plan
 from kpx.tuning import tune
 
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "KernelError",
     "KpxError",
     "OutOfMemoryError",
+    "Plan",
+    "PlanError",
     "RecompileWarning",
     "RewriteError",
     "RewriteWarning",
@@ -62,6 +66,7 @@ __all__ = [
     "jit",
     "ops",
     "optimize",
+    "plan",
     "targets",
     "track",
     "tune",

@@ -81,7 +81,14 @@ def _not_a_model(given: Any) -> str:
     )
 
 
-def jit(fun: Callable | None = None, *, target: str | Target | None = None, config: Config | None = None, **options):
+def jit(
+    fun: Callable | None = None,
+    *,
+    target: str | Target | None = None,
+    config: Config | None = None,
+    before: Callable[[Any], None] | None = None,
+    **options,
+):
     """`jax.jit` whose module kpx rewrites before it is compiled.
 
     Under a JAX transformation (grad, vmap, jvp, scan, remat, shard_map, another jit) it is `jax.jit(fun)`:
@@ -92,6 +99,7 @@ def jit(fun: Callable | None = None, *, target: str | Target | None = None, conf
         target: the platform to run on; by default where JAX puts the arguments. One that is not on this machine can
             be lowered for, and passed to `kpx.compile`.
         config: what may be done; `Config()` by default.
+        before: is given each module before it is rewritten, to change it in place (a plan puts its shardings in).
         **options: what `jax.jit` takes: static_argnums, static_argnames, donate_argnums, donate_argnames,
             in_shardings, out_shardings, keep_unused, inline.
 
@@ -104,7 +112,7 @@ def jit(fun: Callable | None = None, *, target: str | Target | None = None, conf
         TargetError: `target` is not one. From the callable: it is not on this machine.
     """
     if fun is None:
-        return functools.partial(jit, target=target, config=config, **options)
+        return functools.partial(jit, target=target, config=config, before=before, **options)
     if not callable(fun):
         raise InputError(f"`kpx.jit` takes a function, and was given `{fun!r}`.")
     config = resolve(config)
@@ -113,18 +121,26 @@ def jit(fun: Callable | None = None, *, target: str | Target | None = None, conf
             "`kpx.jit` takes no budget: weights that are arguments cannot be quantized at load. Use `kpx.optimize` of a model, or of "
             "a function that holds its weights; or `kpx.precision.assign(fun, budget).policy`."
         )
-    return _Jit(fun, target, config, options)
+    return _Jit(fun, target, config, options, before)
 
 
 class _Jit:
     """See `jit`."""
 
-    def __init__(self, fun: Callable, target: str | Target | None, config: Config, options: dict[str, Any]):
+    def __init__(
+        self,
+        fun: Callable,
+        target: str | Target | None,
+        config: Config,
+        options: dict[str, Any],
+        before: Callable[[Any], None] | None = None,
+    ):
         functools.update_wrapper(self, fun)
         self._explicit = target is not None
         self._target = Target.resolve(target, may_be_absent=True)
         self._config = config
         self._options = options
+        self._before = before
         self._jitted = jax.jit(fun, **options)
         self._ready: dict[Any, jax.stages.Compiled] = {}
         name = getattr(fun, "__name__", type(fun).__name__)
@@ -200,7 +216,7 @@ class _Jit:
 
     def retargeted(self, target: str | Target) -> _Jit:
         """The same function and options for another target."""
-        return _Jit(self.__wrapped__, target, self._config, self._options)
+        return _Jit(self.__wrapped__, target, self._config, self._options, self._before)
 
     @property
     def _donates(self) -> bool:
@@ -219,7 +235,10 @@ class _Jit:
         # a function of our own each time gets a module of our own.
         own = jax.jit(_renamed(self.__wrapped__), **self._options)
         with jax.default_device(self._target.device if self._explicit else None):
-            return lower_for(self._target, own, *args, **kwargs)
+            lowered = lower_for(self._target, own, *args, **kwargs)
+        if self._before is not None:
+            self._before(lowered.compiler_ir("stablehlo"))
+        return lowered
 
     def _miss(self, *args, **kwargs):
         leaves = jax.tree.leaves((args, kwargs))

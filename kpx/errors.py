@@ -55,6 +55,10 @@ class BudgetError(KpxError, ValueError):
     """A budget of error cannot be kept; the message says what was reached."""
 
 
+class PlanError(KpxError, RuntimeError):
+    """No plan of a step fits the machine; the message says what would."""
+
+
 class RewriteError(KpxError, RuntimeError):
     """A rewrite produced a module that does not verify."""
 

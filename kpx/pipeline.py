@@ -147,6 +147,8 @@ def fuse(module: ir.Module, context: Context) -> None:
     if _kernels_for(module, context) is not None:
         grouped.raise_products(module)
     if (device := _kernels_for(module, context, spread=True)) is not None:
+        if device.platform != "cpu":  # masks that took canonicalizing to be known
+            loops.sink_constants(module)
         disabled = frozenset(context.config.disable)
         given = context.fuel, context.report, disabled, context.kernels
         found |= fusion.fuse(module, device, *given)
@@ -255,10 +257,12 @@ def stages(context: Context) -> list[Stage]:
     ]
 
 
-def optimize_module(module: ir.Module, context: Context) -> None:
-    """Runs the stages over a module in place; the module is valid after each."""
+def optimize_module(module: ir.Module, context: Context, before: str | None = None) -> None:
+    """Runs the stages over a module in place, all or those before a named one; the module is valid after each."""
     with no_collections():
         for stage in stages(context):
+            if stage.name == before:
+                break
             start = time.perf_counter()
             for stack in context.stacks if stage.run is not roll_layers else ():
                 context.repeats = stack.count

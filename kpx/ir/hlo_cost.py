@@ -375,26 +375,33 @@ def _first_group(i: Instruction) -> list[int]:
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
         sent = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
         return list(next((pair for pair in sent if pair[0] != pair[1]), sent[0]))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))?\s*\{([^}]*)\}", text):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         # `'x':(2)4` is a part of an axis: 4 of what is left behind a first factor of 2.
-        chosen = {name: (before, part) for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2])}
+        chosen = {name: (before, part) for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[3])}
         dims, picked = [], []
         for name, size in sizes.items():
             before, part = (int(n or 0) for n in chosen.get(name, ("1", "1")))
             before, part = before or 1, part or size
             dims += [before, part, size // (before * part)]
             picked += [0, slice(None), 0]
-        return np.arange(math.prod(dims)).reshape(dims)[tuple(picked)].reshape(-1).tolist()
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims = [int(n) for n in iota[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[4]:
-            ids = ids.transpose([int(n) for n in iota[4].split(",")])
-        return ids.reshape(int(iota[1]), int(iota[2]))[0].tolist()
+        ids = _iota(mesh[2]) if mesh[2] else np.arange(math.prod(dims))
+        return ids.reshape(dims)[tuple(picked)].reshape(-1).tolist()
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist()
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(n) for n in listed[1].split(",")]
     return []
+
+
+def _iota(text: str) -> np.ndarray:
+    """Numbers from their notation: `[4,4]T(1,0)` counts in that shape, transposed."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return np.array([int(n) for n in re.findall(r"\d+", text)])
+    dims = [int(n) for n in found[1].split(",")]
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return (ids.transpose([int(n) for n in found[2].split(",")]) if found[2] else ids).reshape(-1)
 
 
 def _axes(group: list[int], mesh: dict[str, int]) -> tuple[str, ...]:

@@ -21,7 +21,10 @@ from jax.interpreters import mlir as jax_mlir
 
 from kpx.errors import KpxError, RewriteError
 
-__all__ = ["chlo", "func", "ir", "stablehlo"]
+__all__ = ["chlo", "func", "ir", "sdy", "stablehlo"]
+
+MESH = "mesh"
+"""What JAX calls the mesh of a module that has one."""
 
 Value: TypeAlias = ir.Value
 

@@ -83,8 +83,8 @@ def fuse(
     with module.context, ir.Location.unknown():
         taken: set[Value] = set()
         replaced: dict[Value, Value] = {}
-        for match in _described(module, sorted(_matches(module, device, disabled), key=lambda m: -m.gain)):
-            touched = {r for op in match.ops for r in op.results if not _is_free(op)}
+        for match in _described(module, sorted(matches(module, device, disabled), key=lambda m: -m.gain)):
+            touched = {r for op in match.ops for r in op.results if not is_free(op)}
             spread = None if shardings is None else spread_of(match.base, match.inputs, shardings)
             if touched & taken or (shardings is not None and spread is None):
                 continue
@@ -188,7 +188,7 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
     return choice.function is not None
 
 
-def _matches(module: ir.Module, device: Device, disabled: frozenset[str]) -> Iterator[Match]:
+def matches(module: ir.Module, device: Device, disabled: frozenset[str]) -> Iterator[Match]:
     """Where patterns are, and where they are with their gradients, which are looked for where a skeleton was found."""
     platform = device.platform
     matcher, differentiated = Matcher(), _is_differentiated(module)
@@ -289,7 +289,7 @@ def _match(
                         ops = matcher.exactly(graph, inputs, outputs)
                         if ops is None or not _is_in_order(pattern, inputs, outputs):
                             continue
-                        free = {op.results[0] for op in ops if _is_free(op, matcher.is_closed)}
+                        free = {op.results[0] for op in ops if is_free(op, matcher.is_closed)}
                         if _is_closed(ops, outputs, free):
                             return Match(pattern, inputs, outputs, tuple(ops), numbers, _gain(ops, outputs, free))
     return None
@@ -363,7 +363,7 @@ def _is_in_order(pattern: Pattern, inputs: Sequence[Value], outputs: Sequence[Va
     return all(further.operation.is_before_in_block(op.operation) for op in gradients)
 
 
-def _is_free(op: Any, closed: Callable[[Value], bool] = is_closed) -> bool:
+def is_free(op: Any, closed: Callable[[Value], bool] = is_closed) -> bool:
     """Whether others may use an op of a match too: it costs next to nothing, or no input decides it (a mask)."""
     return op.operation.name.removeprefix("stablehlo.") in _FREE or all(map(closed, op.operands))
 

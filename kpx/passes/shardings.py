@@ -13,7 +13,6 @@ Sharding: TypeAlias = tuple[Axes, ...]
 """For each dimension of an array, the axes of the mesh that it is split over."""
 
 _NUMBER = "kpx.number"
-_MESH = "mesh"  # what JAX calls the mesh of a module that has one
 
 
 class Shardings:
@@ -77,7 +76,7 @@ def _is_manual(op: Any) -> bool:
 def _parsed(attribute: Any) -> list[Sharding | None]:
     """Each value's sharding of an attribute; None for one by parts of axes, or over another mesh."""
     return [
-        _dimensions(dims) if mesh == _MESH else None
+        _dimensions(dims) if mesh == m.MESH else None
         for mesh, dims in re.findall(r"<@([\w.]+), \[(.*?)\](?:, [^<>]*)?>", str(attribute))
     ]
 

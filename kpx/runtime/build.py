@@ -33,12 +33,13 @@ from kpx.runtime.compiled import Compiled
 def optimize_lowered(lowered: jax.stages.Lowered, target: Target, config: Config) -> Context:
     """Rewrites a lowered function's module in place: its `compile()` then compiles the new one."""
     module = lowered.compiler_ir("stablehlo")
-    context = _context(target, config)
+    context = context_for(target, config)
     optimize_module(module, context)
     return context
 
 
-def _context(target: Target, config: Config) -> Context:
+def context_for(target: Target, config: Config) -> Context:
+    """What stages know of a target under a config."""
     is_known = target.platform == "cpu" or target.spec is not None
     kind = target.device_kind if target.isa is None else f"{target.device_kind}:{target.isa}"
     device = Device(target.platform, kind, is_known, _selection(target, config))
@@ -196,7 +197,7 @@ class ModelProgram:
     def _build(self, module: Any, config: Config, options: Mapping[str, str]) -> _Built:
         """Rewrites a module in place, cuts it in two and compiles it."""
         target = self._target
-        context = _context(target, config)
+        context = context_for(target, config)
         optimize_module(module, context)
         start = time.perf_counter()
         with no_collections():
@@ -235,7 +236,7 @@ class ModelProgram:
         return {**halves, "at": split_at, "kept": built.kept_weights, "options": built.options, **told, **report}
 
     def _restored(self, saved: Mapping[str, Any]) -> _Built:
-        context = _context(self._target, self._config)
+        context = context_for(self._target, self._config)
         context.report.counts.update(saved["counts"])
         context.report.reverted.update(saved["reverted"])
         for name in _TOLD:

@@ -1,0 +1,519 @@
+"""What a layout costs: seconds, bytes of memory, and every exchange, with the operation that makes it.
+
+Operations run at a share of the chip's peak, what is fused moves no bytes, exchanges of weights run beside what computes, those
+of activations do not. Every layout is priced by the same model, so that their order counts and not the seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kpx.hardware.target import Target
+from kpx.sharding.dims import Dims
+from kpx.sharding.fabric import Fabric
+from kpx.sharding.graph import Graph, Op
+from kpx.sharding.layout import Axes, Layout, Sharding
+
+_EFFICIENCY = 0.8  # of the peak, for large products
+_TILE = 128  # what a matrix unit multiplies at once
+# Computed into what reads them, unless something else needs them in memory.
+_FUSIBLE = {
+    "add", "subtract", "multiply", "divide", "negate", "sqrt", "rsqrt", "power", "maximum", "minimum", "abs", "sign",
+    "exponential", "log", "tanh", "logistic", "convert", "select", "compare", "and", "or", "not", "xor", "clamp", "sine",
+    "cosine", "is_finite", "broadcast_in_dim", "reshape", "transpose", "slice", "iota", "constant", "exponential_minus_one",
+    "log_plus_one", "erf", "pad", "sharding_constraint", "floor", "cbrt", "reverse", "dynamic_slice", "remainder",
+    "shift_left", "shift_right_logical", "bitcast_convert", "reduce", "concatenate", "round_nearest_even", "ceil",
+}  # fmt: skip
+_SAME_MEMORY = {"reshape", "optimization_barrier", "dynamic_update_slice", "sharding_constraint"}
+_NEED_MEMORY = {
+    "dot_general", "convolution", "ragged_dot", "while", "gather", "scatter", "sort", "custom_call", "case", "if",
+    "optimization_barrier", "dynamic_update_slice", "reduce_window", "fft", "cholesky", "triangular_solve",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange between devices, as a plan foresees it.
+
+    Attributes:
+        kind: `all-gather`, `all-reduce`, `reduce-scatter`, `all-to-all`, `collective-permute`.
+        axes: the mesh axes along which it goes.
+        bytes: what a device has of the gathered, reduced or exchanged array once, whole.
+        count: how often a step makes it.
+        seconds: of all of them.
+        overlaps: whether it can run beside computation (weights and their gradients).
+        path: the names of the operation that makes it.
+    """
+
+    kind: str
+    axes: Axes
+    bytes: float
+    count: int
+    seconds: float
+    overlaps: bool
+    path: str
+
+
+@dataclass
+class Price:
+    """What a layout costs.
+
+    Attributes:
+        seconds: of a step.
+        compute_seconds: of what is computed and moved in memory.
+        memory_bytes: the most that a device holds.
+        argument_bytes: of that, arguments.
+        exchanges: all of them.
+    """
+
+    seconds: float
+    compute_seconds: float
+    memory_bytes: float
+    argument_bytes: float
+    exchanges: list[Exchange]
+
+    def by_axis(self) -> dict[Axes, dict[str, tuple[float, float]]]:
+        """Of each group of axes, by kind: bytes and seconds of a step."""
+        found: dict[Axes, dict[str, tuple[float, float]]] = {}
+        for e in self.exchanges:
+            size, seconds = found.setdefault(e.axes, {}).get(e.kind, (0.0, 0.0))
+            found[e.axes][e.kind] = (size + e.bytes * e.count, seconds + e.seconds)
+        return found
+
+
+class Pricing:
+    """Prices layouts of one graph on one target; what does not depend on the layout is found once."""
+
+    def __init__(self, dims: Dims, target: Target):
+        self.dims, self.graph, self.target = dims, dims.graph, target
+        chip = target.spec
+        if chip is not None:
+            self._bandwidth, self._peak = chip.bandwidth, chip.peak
+        else:
+            flops, self._bandwidth = target.peak()
+            self._peak = lambda element: flops
+        self._roots = _roots(self.graph)
+        self._held = _materialized(self.graph)
+        self._last = self._last_uses()
+        # What a step gives back takes the place of what it was given.
+        self._donated = frozenset(self.graph.returned[place] for place in dims.roles.becomes)
+
+    def price(self, layout: Layout) -> Price:
+        """The price of a layout."""
+        return _Run(self, layout, Fabric(self.target, layout.mesh)).price()
+
+    def memory(self, layout: Layout) -> float:
+        """The most that a device holds under a layout, whose mesh may be of more devices than the target has."""
+        run = _Run(self, layout, None)
+        run.walk()
+        return run.memory()
+
+    def ways(self, layout: Layout) -> dict[int, Way]:
+        """How each operation is split under a layout, by its number."""
+        run = _Run(self, layout, Fabric(self.target, layout.mesh))
+        run.walk()
+        return run.ways
+
+    def _last_uses(self) -> dict[int, int]:
+        """Of each array in memory, the last operation of its own region that needs it; arrays that are given back never end."""
+        graph, last = self.graph, {}
+        holders = {}  # the operation, in each region around, that a region belongs to
+        for number, inner in graph.bodies.items():
+            for region in inner:
+                holders[region] = number
+        for number, op in enumerate(graph.ops):
+            for value in op.operands:
+                for root in self._needed(value):
+                    home, at = self._region_of(root), number
+                    while graph.ops[at].region != home and graph.ops[at].region in holders:
+                        at = holders[graph.ops[at].region]
+                    last[root] = max(last.get(root, -1), at)
+        return last
+
+    @functools.cache  # noqa: B019  (lives as long as the planning)
+    def _needed(self, value: int) -> tuple[int, ...]:
+        """The arrays in memory that a value is read from: itself, or those that it is computed of on the way."""
+        root = self._roots[value]
+        producer = self.graph.producers[root]
+        if root in self._held or producer < 0:
+            return (root,)
+        found: dict[int, None] = {}
+        for operand in self.graph.ops[producer].operands:
+            found |= dict.fromkeys(self._needed(operand))
+        return tuple(found)
+
+    @functools.cache  # noqa: B019
+    def _region_of(self, value: int) -> int:
+        producer = self.graph.producers[value]
+        if producer >= 0:
+            return self.graph.ops[producer].region
+        return next((n for n, r in enumerate(self.graph.regions) if value in r.arguments), 0)
+
+
+def _roots(graph: Graph) -> list[int]:
+    """Of each value, the one whose memory it shares: what a loop carries, what is updated in place."""
+    roots = list(range(len(graph.shapes)))
+    for number, op in enumerate(graph.ops):
+        if op.kind in _SAME_MEMORY and op.operands:
+            for operand, result in zip(op.operands, op.results, strict=False):
+                if operand not in graph.closed:
+                    roots[result] = roots[operand]
+        elif op.kind == "while":
+            for place, (operand, result) in enumerate(zip(op.operands, op.results, strict=True)):
+                root = result if operand in graph.closed else roots[operand]
+                roots[result] = root
+                for region in graph.bodies[number]:
+                    roots[graph.regions[region].arguments[place]] = root
+    for number, op in enumerate(graph.ops):  # what a body gives back takes the place of what it was given
+        if op.kind == "while":
+            body = graph.regions[graph.bodies[number][-1]]
+            for argument, returned in zip(body.arguments, body.returned, strict=True):
+                if roots[returned] == returned and graph.producers[returned] >= 0:
+                    continue  # made anew in each round, beside the old
+                roots[returned] = roots[argument]
+    return roots
+
+
+def _materialized(graph: Graph) -> frozenset[int]:
+    """Values that are written to memory."""
+    found = set(graph.returned)
+    for number, op in enumerate(graph.ops):
+        if op.kind not in _FUSIBLE:
+            found.update(op.results)
+        for region in graph.bodies.get(number, ()):
+            found.update(graph.regions[region].returned)
+    for op in graph.ops:
+        if op.kind in _NEED_MEMORY and not op.group:
+            for value in op.operands:
+                producer = graph.producers[value]
+                if producer >= 0 and graph.ops[producer].kind not in ("constant", "iota", "broadcast_in_dim"):
+                    found.add(value)
+    inside = set()
+    for op in graph.ops:  # what a kernel computes stays in it, but for what others read
+        if op.group:
+            inside.update(op.results)
+    for op in graph.ops:
+        inside.difference_update(v for v in op.operands if v in inside and not _same_group(graph, v, op))
+    return frozenset(v for v in found if v not in inside and v not in graph.closed and graph.shapes[v])
+
+
+def _same_group(graph: Graph, value: int, op: Op) -> bool:
+    producer = graph.producers[value]
+    return producer >= 0 and graph.ops[producer].group == op.group
+
+
+@dataclass
+class _Time:
+    """What a region takes, each time that it runs."""
+
+    compute: float = 0.0
+    beside: float = 0.0
+    exposed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sent:
+    kind: str
+    axes: Axes
+    bytes: float
+    overlaps: bool
+    is_sum: bool = False
+
+
+@dataclass
+class Way:
+    """A way to split an operation.
+
+    Attributes:
+        axes: of its factors.
+        operands, results: how each array lies for it.
+        sent: what is sent for that.
+        gathered: bytes of operands that are brought, by value, how it lies then, and region.
+        sizes: bytes of its arrays.
+    """
+
+    axes: dict[int, Axes]
+    operands: list[Sharding] = field(default_factory=list)
+    results: list[Sharding] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
+    gathered: dict[tuple[int, Sharding, int], float] = field(default_factory=dict)
+    sizes: list[float] = field(default_factory=list)
+
+
+class _Run:
+    def __init__(self, pricing: Pricing, layout: Layout, fabric: Fabric | None):
+        self.p, self.layout, self.graph, self.fabric = pricing, layout, pricing.graph, fabric
+        self.ways: dict[int, Way] = {}
+        self.pending: dict[int, tuple[tuple[Sent, ...], Op]] = {}  # sums whose parts are still to be exchanged
+        self.exchanges: list[Exchange] = []
+        self.gathered: dict[tuple[int, Sharding, int], float] = {}
+        self.buffers: dict[int, float] = {}  # what an operation holds beside its operands and results
+        self.times = [_Time() for _ in self.graph.regions]
+
+    def walk(self) -> None:
+        for number, op in enumerate(self.graph.ops):
+            if op.rule is not None:
+                self._op(number, op)
+            for value in () if op.rule is not None else op.operands:
+                self._flush(value)
+        for value in list(self.pending):
+            self._flush(value)
+
+    def price(self) -> Price:
+        self.walk()
+        for region in range(len(self.graph.regions) - 1, 0, -1):
+            parent, time = self.times[self.graph.regions[region].parent], self.times[region]
+            parent.exposed += (max(time.compute, time.beside) + time.exposed) * self.graph.regions[region].trips
+        whole = self.times[0]
+        compute = sum(t.compute * n for t, n in zip(self.times, self.graph.counts, strict=True))
+        arguments = sum(self.layout.bytes(v) for v in self.graph.arguments)
+        memory = self.memory()
+        return Price(max(whole.compute, whole.beside) + whole.exposed, compute, memory, arguments, self.exchanges)
+
+    # What an operation costs ----------------------------------------------------------------------
+
+    def _op(self, number: int, op: Op) -> None:
+        rule, layout, graph = op.rule, self.layout, self.graph
+        assert rule is not None
+        is_stored = all(v in self.p.dims.stored for v in op.results) and not op.flops and not rule.reduced
+        if is_stored:
+            self._settle(op, Way({}))
+            if any(r in self.p._held for r in op.results):
+                self._moves(op, [layout.bytes(v) for v in (*op.operands, *op.results) if graph.shapes[v]])
+            return
+        results = [*zip(op.results, rule.results, strict=True)]
+        operands = [*zip(op.operands, rule.operands, strict=True)]
+        ways = [self._way(op, [*results, *operands])]
+        if rule.reduced and (other := self._way(op, [*operands, *results])).axes != ways[0].axes:
+            ways.append(other)
+        # A table may stay where it lies, and rows be brought to it; along several axes partitioners gather the rows whole.
+        if op.kind in ("gather", "scatter") and layout.storage and sum(n > 1 for n in layout.mesh.values()) == 1:
+            ways.append(self._way(op, [*results, *operands], stays=True))
+        way = min(ways, key=lambda way: sum(self._seconds(s) for s in way.sent))
+        self.ways[number] = way
+        self._settle(op, way)
+        self.gathered |= way.gathered
+        self.buffers[number] = self.buffers.get(number, 0.0) + sum(way.gathered.values())
+        if op.flops:
+            self._computes(op, layout.parts([a for found in way.axes.values() for a in found]), way.axes)
+        if not op.group and (op.flops or any(r in self.p._held for r in op.results)):
+            self._moves(op, way.sizes)
+
+    def _way(self, op: Op, order: list, stays: bool = False) -> Way:
+        """One way to split an operation: axes go to the factors of the first arrays first.
+
+        Args:
+            stays: first of all to those of weights, as they lie.
+        """
+        rule, layout, graph = op.rule, self.layout, self.graph
+        assert rule is not None
+        way = Way(self._factor_axes(op, order, stays))
+        for value, dims in zip(op.operands, rule.operands, strict=True):
+            wanted = _joined(dims, way.axes)
+            way.operands.append(wanted)
+            if graph.shapes[value]:
+                self._brought(way, op, value, layout.of(value), wanted)
+                way.sizes.append(layout.bytes(value, wanted))
+        partial = tuple(a for f in sorted(rule.reduced) for a in way.axes.get(f, ()))
+        for value, dims in zip(op.results, rule.results, strict=True):
+            made = _joined(dims, way.axes)
+            way.results.append(made)
+            way.sizes.append(layout.bytes(value, made))
+            # Parts of what is scattered are summed along all axes together where more than rows are split.
+            several = sum(bool(way.axes.get(f)) for f in rule.reduced) > 1 or bool(_all(made))
+            at_once = op.kind == "scatter" and several
+            self._summed(way, value, made, partial, at_once)
+        return way
+
+    def _factor_axes(self, op: Op, order: list, stays: bool) -> dict[int, Axes]:
+        """Over which axes each factor of an operation is split."""
+        rule, layout, classes = op.rule, self.layout, self.p.dims.classes
+        assert rule is not None
+        found: dict[int, Axes] = {}
+        taken: set[str] = set()
+        for value, dims in order if stays else ():
+            for factors, axes in zip(dims, layout.of(value), strict=True):
+                if value in self.p.dims.stored and axes and factors and factors[0] not in rule.whole | found.keys():
+                    found[factors[0]] = axes
+                    taken.update(axes)
+        for value, dims in order:
+            for d, factors in enumerate(dims):
+                if not factors or factors[0] in found or factors[0] in rule.whole:
+                    continue
+                split = layout.split.get(classes[value][d], ())
+                size = rule.sizes[factors[0]]
+                axes = layout.fitting(size, [a for a in split if a not in taken]) if split else ()
+                found[factors[0]] = axes
+                taken.update(axes)
+        return found
+
+    def _brought(self, way: Way, op: Op, value: int, has: Sharding, wanted: Sharding) -> None:
+        """Exchanges that bring an operand to where an operation needs it."""
+        # A lookup's table is gathered apart from that of a product with it.
+        key = (value, wanted, -1 - op.region if op.kind == "gather" else op.region)
+        if has == wanted or key in self.gathered or key in way.gathered:
+            return
+        is_weight = value in self.p.dims.stored
+        lost = [(d, a) for d, axes in enumerate(has) for a in axes if a not in wanted[d]]
+        if not lost:
+            return
+        moved = [(d, a) for d, a in lost if any(a in axes for axes in wanted)]
+        gathered = tuple(a for d, a in lost if (d, a) not in moved)
+        # What an operation splits further is split once it is here.
+        size = self.layout.bytes(value, wanted) * self.layout.parts([a for a in _all(wanted) if a not in _all(has)])
+        if moved:
+            way.sent.append(Sent("all-to-all", tuple(a for _, a in moved), size, is_weight))
+        if gathered:
+            way.sent.append(Sent("all-gather", gathered, size, is_weight))
+        way.gathered[key] = size
+
+    def _summed(self, way: Way, value: int, made: Sharding, partial: Axes, at_once: bool) -> None:
+        """Exchanges that make a result whole of the parts of a sum, and bring it to where it lies.
+
+        Args:
+            at_once: parts are summed along all axes together, and not along those of storage first.
+        """
+        has = self.layout.of(value)
+        size = self.layout.bytes(value, made)
+        is_weight = value in self.p.dims.stored
+        if partial:
+            scattered = tuple(a for a in partial if a in _all(has) and a not in _all(made))
+            rest = tuple(a for a in partial if a not in scattered)
+            if at_once and scattered and self.layout.parts(rest) > 1:
+                scattered, rest = (), partial
+            if scattered:
+                way.sent.append(Sent("reduce-scatter", scattered, size, is_weight, is_sum=True))
+                size /= self.layout.parts(scattered)
+            if rest:
+                way.sent.append(Sent("all-reduce", rest, size, is_weight, is_sum=True))
+            made = has if scattered or at_once else made
+        lost = [(d, a) for d, axes in enumerate(made) for a in axes if a not in has[d]]
+        moved = tuple(a for _, a in lost if a in _all(has))
+        if moved:
+            way.sent.append(Sent("all-to-all", moved, self.layout.bytes(value, made), is_weight))
+        if gathered := tuple(a for _, a in lost if a not in moved):
+            way.sent.append(Sent("all-gather", gathered, self.layout.bytes(value, has), is_weight))
+
+    def _seconds(self, sent: Sent) -> float:
+        axes = [a for a in self.layout.mesh if a in sent.axes and self.layout.mesh[a] > 1]
+        if not axes or not sent.bytes:
+            return 0.0
+        return sent.bytes if self.fabric is None else self.fabric.seconds(sent.kind, sent.bytes, axes)
+
+    def _settle(self, op: Op, way: Way) -> None:
+        """Sends what an operation sends. Sums of parts are sent once: compilers add parts before they exchange them."""
+        waiting = [self.pending[v] for v in op.operands if v in self.pending]
+        sums = tuple(s for s in way.sent if s.is_sum)
+        joins = len(waiting) == len(op.operands) == 2 and waiting[0][0][-1:] == waiting[1][0][-1:]
+        moves = len(waiting) == 1 and op.kind in ("reshape", "transpose", "negate")
+        if (joins and op.kind == "add") or moves:
+            for value in op.operands:
+                self.pending.pop(value, None)
+            common = waiting[0][0] if len({sums for sums, _ in waiting}) == 1 else waiting[0][0][-1:]
+            for apart, maker in waiting:
+                for sent in apart[: len(apart) - len(common)]:
+                    self._send(sent, maker)
+            self.pending[op.results[0]] = (common, waiting[0][1])
+        else:
+            for value in op.operands:
+                self._flush(value)
+        for sent in way.sent:
+            if not sent.is_sum:
+                self._send(sent, op)
+        if op.kind == "scatter" and (len(sums) > 1 or any(map(_all, way.results))):  # it is not added to others' parts
+            for sent in (s for s in sums if s.kind == "reduce-scatter"):
+                self._send(sent, op)
+            sums = tuple(s for s in sums if s.kind != "reduce-scatter")
+        if sums and len(op.results) == 1 and len(self.graph.users[op.results[0]]) == 1:
+            self.pending[op.results[0]] = (sums, op)
+        else:
+            for sent in sums:
+                self._send(sent, op)
+
+    def _flush(self, value: int) -> None:
+        if value in self.pending:
+            sums, op = self.pending.pop(value)
+            for sent in sums:
+                self._send(sent, op)
+
+    def _send(self, sent: Sent, op: Op) -> None:
+        axes = tuple(a for a in self.layout.mesh if a in sent.axes and self.layout.mesh[a] > 1)
+        if not axes or not sent.bytes:
+            return
+        seconds, count = self._seconds(sent), self.graph.counts[op.region]
+        self.exchanges.append(Exchange(sent.kind, axes, sent.bytes, count, seconds * count, sent.overlaps, op.path))
+        time = self.times[op.region]
+        if sent.overlaps:
+            time.beside += seconds
+        else:
+            time.exposed += seconds
+
+    def _computes(self, op: Op, parts: int, axes: Mapping[int, Axes]) -> None:
+        rule = op.rule
+        assert rule is not None
+        waste = 1.0
+        if op.kind == "dot_general" and len(op.results) == 1:
+            sides = [{f for dims in arrays for f in dims} for arrays in rule.operands[:2]]
+            groups = [sides[0] - sides[1], sides[1] - sides[0], set(rule.reduced)]
+            for group in groups:
+                n = 1
+                for f in group:
+                    n *= math.ceil(rule.sizes[f] / self.layout.parts(axes.get(f, ())))
+                waste *= math.ceil(n / _TILE) * _TILE / n if n > 8 else 1.0
+        peak = self.p._peak(_element(op.element)) * _EFFICIENCY
+        self.times[op.region].compute += op.flops / parts * waste / peak
+
+    def _moves(self, op: Op, sizes: list[float]) -> None:
+        if op.kind in ("dynamic_update_slice", "reshape", "optimization_barrier"):
+            sizes = [2 * min(sizes)] if op.kind == "dynamic_update_slice" else []
+        self.times[op.region].compute += sum(sizes) / self.p._bandwidth
+
+    # Memory ---------------------------------------------------------------------------------------
+
+    def memory(self) -> float:
+        """The most that a device holds: arguments, and what is live beside them, loops' bodies included."""
+        arguments = sum(self.layout.bytes(v) for v in self.graph.arguments)
+        graph, pricing = self.graph, self.p
+        by_region: list[list[int]] = [[] for _ in graph.regions]
+        for number, op in enumerate(graph.ops):
+            by_region[op.region].append(number)
+        given = {pricing._roots[v] for region in graph.regions for v in region.arguments}
+        ending: dict[int, list[int]] = {}
+        for root, at in pricing._last.items():
+            ending.setdefault(at, []).append(root)
+        returned = {pricing._roots[v] for region in graph.regions for v in region.returned}
+
+        def peak(region: int) -> float:
+            live, most, here = 0.0, 0.0, set()
+            for number in by_region[region]:
+                op = graph.ops[number]
+                for value in op.results:
+                    root = pricing._roots[value]
+                    is_new = root == value and value in pricing._held and value not in given
+                    if is_new and value not in pricing._donated:
+                        live += self.layout.bytes(value)
+                        here.add(value)
+                inner = max((peak(body) for body in graph.bodies.get(number, ())), default=0.0)
+                most = max(most, live + inner + self.buffers.get(number, 0.0))
+                for root in ending.get(number, ()):
+                    if root in here and root not in returned:
+                        live -= self.layout.bytes(root)
+                        here.discard(root)
+            return most
+
+        return arguments + peak(0)
+
+
+def _joined(dims: tuple[tuple[int, ...], ...], axes: Mapping[int, Axes]) -> Sharding:
+    return tuple(axes.get(factors[0], ()) if factors else () for factors in dims)
+
+
+def _all(sharding: Sharding) -> set[str]:
+    return {a for axes in sharding for a in axes}
+
+
+def _element(element: str) -> str:
+    return "f8" if element.startswith("f8") else element
