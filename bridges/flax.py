@@ -78,6 +78,39 @@ def weights_and_function(model: Any) -> tuple[Any, Callable]:
     return [_raw(w) for w in leaves], call
 
 
+def functional(model: Any) -> tuple[Any, Any, Callable]:
+    """`(params, carried, fn)` of a model, for training: see `kpx.bridges.torch.functional`, which has the same form.
+
+    `fn(params, carried, *inputs, key=None, **named) -> (outputs, carried)`. Of an nnx module, `nnx.Param`s are parameters and
+    everything else is carried, its streams of random numbers too; a linen module draws dropout from `key`.
+
+    Raises:
+        InputError: a linen module is not bound to its weights.
+    """
+    if isinstance(model, nnx.Module):
+        definition, held, rest = nnx.split(model, nnx.Param, ...)
+
+        def of_nnx(params, carried, *inputs, key=None, **named):
+            merged = nnx.merge(definition, params, carried)
+            outputs = merged(*inputs, **named)
+            return outputs, nnx.split(merged, nnx.Param, ...)[2]
+
+        return held, rest, of_nnx
+    if model.scope is None:
+        raise InputError("A linen module without its weights was given. Bind it: `model.bind(variables)`.")
+    module, variables = model.unbind()
+    others = {name: held for name, held in variables.items() if name != "params"}
+
+    def of_linen(params, carried, *inputs, key=None, **named):
+        streams = {} if key is None else {"dropout": key}
+        outputs, written = module.apply(
+            {"params": params, **carried}, *inputs, rngs=streams, mutable=list(carried), **named
+        )
+        return outputs, {**carried, **written}
+
+    return variables["params"], others, of_linen
+
+
 class OptimizedModel:
     """A flax model whose call runs as a compiled program over the model's own weights.
 

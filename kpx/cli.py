@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kpx._version import __version__
-from kpx.errors import KpxError
+from kpx.errors import ConfigError, KpxError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     track.add_argument("--junit", metavar="FILE", help="write JUnit's XML")
     track.add_argument("--markdown", metavar="FILE", help="write a table in Markdown")
     track.add_argument("--plot", metavar="FILE", help="draw what has moved for the worse most, over all runs")
+    _launch_options(
+        command("launch", _launch, "start a training script's processes: here, under SLURM, or as a JobSet")
+    )
     discover = command("discover", _discover, "what a function computes over and over that no fusion pattern takes")
     discover.add_argument("function", help="package.module:function")
     discover.add_argument(
@@ -121,6 +125,58 @@ def _parser() -> argparse.ArgumentParser:
         "--write", metavar="FILE", help="write the skeleton of a pattern for what would save the most"
     )
     return parser
+
+
+def _launch_options(launch: argparse.ArgumentParser) -> None:
+    launch.add_argument("--cluster", default="local", choices=("local", "slurm", "jobset"))
+    launch.add_argument("--processes", type=int, default=1, help="(local) how many; 1 by default")
+    launch.add_argument("--devices", type=int, default=1, help="(local) CPU devices of each; 1 by default")
+    launch.add_argument("--restarts", type=int, default=3, help="how often the job may start again; 3 by default")
+    launch.add_argument(
+        "--elastic", type=int, metavar="LEAST", help="(local) go on with fewer processes, down to this many"
+    )
+    launch.add_argument("--target", help="(slurm, jobset) the machine, as tpu-v5p:8x8x8 or cuda:h100:32x8")
+    launch.add_argument("--name", default="kpx", help="(slurm, jobset) the job's name")
+    launch.add_argument("--image", help="(jobset) the container's image")
+    launch.add_argument("--output", metavar="FILE", help="(slurm, jobset) write the manifest here, and start nothing")
+    launch.add_argument("script", nargs=argparse.REMAINDER, help="the script and its arguments")
+
+
+def _launch(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.train import launch
+
+    command = tuple(options.script[1:] if options.script[:1] == ["--"] else options.script)
+    if not command or min(options.processes, options.devices) < 1 or options.restarts < 0:
+        raise ConfigError(
+            "`launch` was given no script, or counts below 1. Write `kpx launch --processes 4 train.py ...`."
+        )
+    least = options.processes if options.elastic is None else options.elastic
+    job = launch.Job(command, options.processes, options.devices, options.restarts, least)
+    if options.cluster == "local":
+        code = launch.local(job, lambda text: progress.print(escape(text), highlight=False, soft_wrap=True))
+        return {"ok": code == 0, "code": code}, lambda console, _: None
+    if options.target is None or (options.cluster == "jobset" and options.image is None):
+        raise ConfigError(
+            f"`--cluster {options.cluster}` needs `--target`"
+            + (", and `--image`." if options.cluster == "jobset" else ".")
+        )
+    from kpx.hardware.target import Target
+
+    given = job, Target(options.target), options.name
+    text = launch.sbatch(*given) if options.cluster == "slurm" else launch.jobset(*given, options.image)
+    suffix = ".sbatch" if options.cluster == "slurm" else ".yaml"
+    path = pathlib.Path(options.output or f"{options.name}{suffix}")
+    path.write_text(text)
+    starts = launch.submitted(options.cluster, path) if options.output is None else None
+    if starts is not None:
+        done = subprocess.run(starts, check=False)
+        return {"ok": done.returncode == 0, "manifest": str(path)}, lambda console, _: None
+    told = (
+        f"The manifest is {path}."
+        if options.output
+        else f"The manifest is {path}; what would start it is not installed here."
+    )
+    return {"ok": True, "manifest": str(path)}, lambda console, _: console.print(told, highlight=False, soft_wrap=True)
 
 
 def _demo(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:

@@ -59,8 +59,28 @@ class PlanError(KpxError, RuntimeError):
     """No plan of a step fits the machine; the message says what would."""
 
 
+class TrainingError(KpxError, RuntimeError):
+    """Training cannot go on.
+
+    Attributes:
+        step: at which it was found.
+    """
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+class CheckpointError(KpxError, RuntimeError):
+    """A folder of checkpoints cannot be used: it is another job's, another model's, or nothing in it can be read."""
+
+
 class RewriteError(KpxError, RuntimeError):
     """A rewrite produced a module that does not verify."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be read, and the one before it is used."""
 
 
 class RewriteWarning(UserWarning):

@@ -14,6 +14,7 @@ import numpy as np
 from jax._src import compiler as _compiler
 from jax._src import core as _core
 from jax._src import hardware_utils as _hardware_utils
+from jax._src import source_info_util as _source_info
 from jax._src import tree_util as _tree_util
 from jax._src import xla_bridge as _xla_bridge
 from jax._src.cudnn import fused_attention_stablehlo as _cudnn
@@ -239,3 +240,57 @@ def _cudnn_options(scale: float, causal: bool, window: int | None) -> dict[str, 
 def is_tracer(leaf: Any) -> bool:
     """Whether a value stands for another inside a JAX transformation."""
     return isinstance(leaf, jax.core.Tracer)
+
+
+def evaluated(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], instead: Callable) -> list[Any]:
+    """A jaxpr computed on values, which may be tracers; functions that it calls are computed in place.
+
+    Args:
+        instead: `(equation, values) -> results`, or None to compute the equation as it is.
+    """
+    held: dict[Any, Any] = {}
+
+    def value(atom):
+        return atom.val if isinstance(atom, _core.Literal) else held[atom]
+
+    held.update(zip(jaxpr.constvars, constants, strict=True))
+    held.update(zip(jaxpr.invars, arguments, strict=True))
+    for equation in jaxpr.eqns:
+        given = [value(atom) for atom in equation.invars]
+        results = instead(equation, given)
+        if results is None and equation.primitive.name in ("jit", "pjit", "closed_call"):
+            inner = called_jaxpr(equation)
+            results = evaluated(inner.jaxpr, inner.consts, given, instead)
+        if results is None:
+            found: Any = equation.primitive.get_bind_params(equation.params)
+            functions, parameters = found if isinstance(found, tuple) else ((), found)  # by JAX's version
+            stack = _source_info.current_name_stack() + equation.source_info.name_stack
+            with _source_info.user_context(equation.source_info.traceback, name_stack=stack), equation.ctx.manager:
+                made = equation.primitive.bind(*functions, *given, **parameters)
+            results = made if equation.primitive.multiple_results else [made]
+        held.update(zip(equation.outvars, results, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
+
+
+def is_scan(equation: Any) -> bool:
+    """Whether an equation is a scan with no checkpoint inside."""
+    if equation.primitive.name != "scan":
+        return False
+    return all(e.primitive.name not in ("checkpoint", "remat", "remat2") for e in equation.params["jaxpr"].jaxpr.eqns)
+
+
+def scan_of(equation: Any, values: Sequence[Any], wrapped: Callable[[Callable], Callable]) -> list[Any]:
+    """The results of a scan's equation on values, its body wrapped."""
+    p = equation.params
+    constants, carried = p["num_consts"], p["num_carry"]
+    body = _core.jaxpr_as_fun(p["jaxpr"])
+    fixed, start, sequences = values[:constants], values[constants : constants + carried], values[constants + carried :]
+
+    @wrapped
+    def layer(fixed, carry, given):
+        results = body(*fixed, *carry, *given)
+        return results[:carried], results[carried:]
+
+    options = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
+    last, stacked = jax.lax.scan(lambda c, x: layer(fixed, c, x), list(start), list(sequences), **options)
+    return [*last, *stacked]

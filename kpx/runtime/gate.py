@@ -75,6 +75,8 @@ class Decision:
         measures = config.measure_seconds > 0 or config.level == "aggressive"
         if not config.may_be_inexact or not (measures or config.choices) or not _is_measurable(module, target):
             return
+        if jax.process_count() > 1:
+            return  # each process would measure and choose for itself, and all must run one program
         self._given, self._environment = config, environment
         self._key = _key(module, target, config)
         self._known = choices.find(self._key, environment, config.choices, OPTIONS)

@@ -133,6 +133,13 @@ class Graph:
         needed."""
         found: set[int] = set()
         for number, op in enumerate(self.ops):
+            if op.kind == "while":  # what it carries along unchanged
+                condition, body = (self.regions[r] for r in self.bodies[number])
+                for place, value in enumerate(op.operands):
+                    if value in found and (
+                        body.returned[place] == body.arguments[place] or body.returned[place] in found
+                    ):
+                        found |= {op.results[place], condition.arguments[place], body.arguments[place]}
             is_plain = number not in self.bodies and op.kind not in ("rng", "rng_bit_generator", "custom_call")
             if is_plain and all(value in found for value in op.operands):
                 found.update(op.results)

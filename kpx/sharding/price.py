@@ -17,6 +17,7 @@ from kpx.sharding.fabric import Fabric
 from kpx.sharding.graph import Graph, Op
 from kpx.sharding.layout import Axes, Layout, Sharding
 
+_UNKNOWN = (1e11, 2e10)  # FLOP/s and bytes/s of a device that the table does not have
 _EFFICIENCY = 0.8  # of the peak, for large products
 _TILE = 128  # what a matrix unit multiplies at once
 # Computed into what reads them, unless something else needs them in memory.
@@ -93,8 +94,8 @@ class Pricing:
         if chip is not None:
             self._bandwidth, self._peak = chip.bandwidth, chip.peak
         else:
-            flops, self._bandwidth = target.peak()
-            self._peak = lambda element: flops
+            # Not measured: every process of a job must find the same plan.
+            self._bandwidth, self._peak = _UNKNOWN[1], lambda element: _UNKNOWN[0]
         self._roots = _roots(self.graph)
         self._held = _materialized(self.graph)
         self._last = self._last_uses()
@@ -480,7 +481,7 @@ class _Run:
         by_region: list[list[int]] = [[] for _ in graph.regions]
         for number, op in enumerate(graph.ops):
             by_region[op.region].append(number)
-        given = {pricing._roots[v] for region in graph.regions for v in region.arguments}
+        given = {v for region in graph.regions for v in region.arguments if pricing._roots[v] == v}
         ending: dict[int, list[int]] = {}
         for root, at in pricing._last.items():
             ending.setdefault(at, []).append(root)

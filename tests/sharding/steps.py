@@ -11,8 +11,8 @@ SMALL = llama.Sizes(width=64, hidden=128, layers=3, heads=8, kv_heads=4, vocabul
 OPTIMIZER = optax.adamw(1e-3)
 
 
-def llama_step(sizes=SMALL, dtype=jnp.float32):
-    """`(weights, state, tokens) -> (weights, state, loss)`, with no word of shardings."""
+def llama_loss(sizes=SMALL, dtype=jnp.float32):
+    """`(weights, tokens) -> loss`, with no word of shardings; its layers are checkpointed, in a scan."""
 
     def loss(weights, tokens):
         weights = jax.tree.map(lambda w: w.astype(dtype), weights)
@@ -21,6 +21,13 @@ def llama_step(sizes=SMALL, dtype=jnp.float32):
         x, _ = jax.lax.scan(layer, x, weights["layers"])
         logits = (llama._norm(x, weights["norm"]) @ weights["embedding"].T).astype(jnp.float32)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]))
+
+    return loss
+
+
+def llama_step(sizes=SMALL, dtype=jnp.float32):
+    """`(weights, state, tokens) -> (weights, state, loss)`."""
+    loss = llama_loss(sizes, dtype)
 
     def step(weights, state, tokens):
         value, gradient = jax.value_and_grad(loss)(weights, tokens)

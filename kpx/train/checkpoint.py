@@ -1,0 +1,167 @@
+"""Checkpoints: Orbax writes them, sharded and beside the training; here is which one is read, and who may write.
+
+A checkpoint that cannot be read is passed over for the one before it. A folder belongs to one job at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import time
+import uuid
+import warnings
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from kpx.errors import CheckpointError, CheckpointWarning
+from kpx.train.distributed import JOB
+
+_LOCK = "kpx.lock"
+_STALE_SECONDS = 60  # after which a lock that nobody renews is another's for the taking
+
+
+class Checkpoints:
+    """A folder of checkpoints of a training state.
+
+    Args:
+        folder: made where it is not there; a local one or a shared one, which every process sees.
+        keep: how many of the last ones.
+        background: whether saving goes on beside the training.
+
+    Raises:
+        CheckpointError: another job writes to the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 3, background: bool = True):
+        self.folder = pathlib.Path(os.path.abspath(folder))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _Lock(self.folder) if jax.process_index() == 0 else None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=background, cleanup_tmp_directories=True
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "told": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def save(self, step: int, state: Any, told: dict[str, Any]) -> None:
+        """Saves a state, and what is to be known beside it (JSON), under a step's number."""
+        if self._lock is not None:
+            self._lock.renew()
+        if step not in self._manager.all_steps():
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), told=ocp.args.JsonSave(told))
+            self._manager.save(step, args=args)
+
+    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The last whole checkpoint, as `(step, state, told)`; None where there is none.
+
+        Args:
+            like: structs with the shardings that the state is to have, whatever those were that it was saved with.
+
+        Raises:
+            CheckpointError: the state that was saved is another model's or optimizer's.
+        """
+        refused: list[str] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            self._check(step, like)
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(like), told=ocp.args.JsonRestore())
+                found = self._manager.restore(step, args=args)
+            except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+                refused.append(f"of step {step} ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+                continue
+            if refused:
+                warnings.warn(
+                    f"Checkpoints in `{self.folder}` cannot be read: {', '.join(refused)}. That of step {step} is used instead; "
+                    "those are deleted.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+                for later in [s for s in self._manager.all_steps() if s > step]:
+                    self._manager.delete(later)
+            return step, found["state"], dict(found["told"])
+        if refused:
+            raise CheckpointError(
+                f"No checkpoint in `{self.folder}` can be read: {', '.join(refused)}. Restore the folder from a copy, or train anew "
+                "in another."
+            )
+        return None
+
+    def _check(self, step: int, like: Any) -> None:
+        """Raises where a checkpoint is readable, and of another state."""
+        try:
+            saved: Any = self._manager.item_metadata(step)["state"]
+            saved = getattr(saved, "tree", saved)
+            shapes = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+        except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError):
+            return  # it is not whole, which reading it will say
+        wanted = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        if shapes and shapes != wanted:
+            differing = [n for n in {**shapes, **wanted} if shapes.get(n) != wanted.get(n)]
+            first = differing[0]
+            raise CheckpointError(
+                f"The checkpoint of step {step} in `{self.folder}` is of another model or optimizer: {len(differing)} arrays differ, as "
+                f"{first}, saved as {shapes.get(first)}, wanted as {wanted.get(first)}. Train with what it was saved with, or in "
+                "another folder."
+            )
+
+    def wait(self) -> None:
+        """Until what is being saved is saved."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and gives the folder up."""
+        self._manager.close()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+class _Lock:
+    """A file that says which job writes to a folder; restarts of a job are that job."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._path = folder / _LOCK
+        self._job = os.environ.get(JOB) or uuid.uuid4().hex
+        held = self._read()
+        if held is not None and held.get("job") != self._job and self._is_alive(held):
+            raise CheckpointError(
+                f"`{folder}` belongs to another job, process {held.get('process')} on {held.get('host')}, which wrote to it "
+                f"{time.time() - held.get('time', 0):.0f} s ago. Stop that one, or give this one a folder of its own."
+            )
+        self.renew()
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _is_alive(self, held: dict[str, Any]) -> bool:
+        if held.get("host") == socket.gethostname():
+            try:
+                os.kill(int(held["process"]), 0)
+            except (ProcessLookupError, KeyError, ValueError):
+                return False
+            except PermissionError:
+                return True
+            return int(held["process"]) != os.getpid()
+        return time.time() - held.get("time", 0) < _STALE_SECONDS
+
+    def renew(self) -> None:
+        told = {"job": self._job, "host": socket.gethostname(), "process": os.getpid(), "time": time.time()}
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(told))
+        temporary.replace(self._path)
+
+    def release(self) -> None:
+        held = self._read()
+        if held is not None and held.get("job") == self._job:
+            with contextlib.suppress(OSError):
+                self._path.unlink()

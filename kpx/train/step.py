@@ -1,0 +1,132 @@
+"""A training step: the loss's gradient, in microbatches where asked, clipped, and an optimizer's update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kpx.errors import ConfigError, InputError
+from kpx.train.remat import POLICIES, rematerialized
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class State:
+    """What a step takes and gives back anew.
+
+    Attributes:
+        step: how many were made, `[]`, int32.
+        params: what is trained.
+        carried: what the forward pass writes (BatchNorm's statistics).
+        optimizer: its state.
+    """
+
+    step: jax.Array
+    params: Any
+    carried: Any
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """`(state, batch) -> (state, metrics)`, of a loss and an optimizer.
+
+    Metrics are f32 numbers: `loss`, `gradient_norm` (before it is clipped), and what the loss gives beside itself.
+
+    Attributes:
+        loss: `(params, carried, batch, key) -> (loss, (carried, metrics))`.
+        optimizer: an optax transformation.
+        clip: the norm that gradients are clipped to, all together; None for none.
+        microbatches: in how many parts, one after another, a batch goes through; gradients and losses are their means. None
+            leaves that to a plan.
+        remat: what of the forward pass is computed again in the backward pass, of each layer in a scan: `none`, `dots`
+            (all but products), `full`. None leaves that to a plan. A layer with a `jax.checkpoint` of its own is left alone.
+        seed: of the key that the loss is given, folded with the step.
+
+    Raises:
+        ConfigError: `microbatches` or `remat` is not one that there is.
+    """
+
+    loss: Callable
+    optimizer: optax.GradientTransformation
+    clip: float | None = None
+    microbatches: int | None = 1
+    remat: str | None = "none"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.remat is not None and self.remat not in POLICIES:
+            raise ConfigError(
+                f"`remat={self.remat!r}` is not known. There are {', '.join(map(repr, POLICIES))}, and None."
+            )
+        if self.microbatches is not None and self.microbatches < 1:
+            raise ConfigError(f"`microbatches={self.microbatches}` is not a number of parts. It is 1 or more, or None.")
+
+    def start(self, params: Any, carried: Any = None) -> State:
+        """The state before the first step."""
+        return State(jnp.zeros((), jnp.int32), params, {} if carried is None else carried, self.optimizer.init(params))
+
+    def variants(self, batch: int) -> Iterator[dict[str, Any]]:
+        """What a plan may choose between, what takes the least time first, the most memory."""
+        counts = [self.microbatches] if self.microbatches is not None else [1, 2, 4, 8, 16]
+        policies = [self.remat] if self.remat is not None else list(POLICIES)
+        for microbatches in (n for n in counts if batch % n == 0):
+            for remat in policies:
+                yield {"remat": remat, "microbatches": microbatches}
+
+    def varied(self, **chosen: Any) -> Step:
+        """The same step, with what a plan chose."""
+        return dataclasses.replace(self, **chosen)
+
+    def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        value, gradient, carried, metrics = self._gradient(state.params, state.carried, batch, key)
+        norm = optax.tree.norm(gradient)
+        if self.clip is not None:
+            scale = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
+            gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        told = {"loss": value, "gradient_norm": norm, **metrics}
+        told = {name: jnp.asarray(number, jnp.float32) for name, number in told.items()}
+        return State(state.step + 1, params, carried, optimizer), told
+
+    def _gradient(self, params: Any, carried: Any, batch: Any, key: jax.Array) -> tuple:
+        loss = rematerialized(self.loss, self.remat or "none")
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        count = self.microbatches or 1
+        if count == 1:
+            (value, (carried, metrics)), found = gradient(params, carried, batch, key)
+            return value, found, carried, metrics
+
+        def part(sums, given):
+            carried, total = sums
+            microbatch, number = given
+            (value, (carried, metrics)), found = gradient(params, carried, microbatch, jax.random.fold_in(key, number))
+            total = jax.tree.map(jnp.add, total, found)
+            return (carried, total), (value, metrics)
+
+        parts = jax.tree.map(lambda a: split_rows(a, count), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (carried, total), (values, metrics) = jax.lax.scan(part, (carried, zeros), (parts, jnp.arange(count)))
+        mean = jax.tree.map(lambda g: g / count, total)
+        return jnp.mean(values), mean, carried, jax.tree.map(jnp.mean, metrics)
+
+
+def split_rows(array: jax.Array, count: int) -> jax.Array:
+    """`[rows, ...]` as `[count, rows / count, ...]`; each part has rows of every device that rows are split over.
+
+    Raises:
+        InputError: `count` does not divide the rows.
+    """
+    if not array.ndim or array.shape[0] % count:
+        raise InputError(
+            f"A batch with the shape {tuple(array.shape)} cannot be split into {count} microbatches by rows."
+        )
+    return jnp.swapaxes(array.reshape(array.shape[0] // count, count, *array.shape[1:]), 0, 1)

@@ -1,0 +1,279 @@
+"""The trainer: a model, an optimizer and data; planned, run, logged, saved, and gone on with after whatever happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from kpx.config import Config, resolve
+from kpx.errors import ConfigError, InputError
+from kpx.hardware.target import Target
+from kpx.sharding.plan import Plan, plan
+from kpx.train import health
+from kpx.train.checkpoint import Checkpoints
+from kpx.train.distributed import ATTEMPT, Preemption, initialize
+from kpx.train.model import adapted
+from kpx.train.step import State, Step
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a training ended.
+
+    Attributes:
+        step: how many steps were made in all, before a restart too.
+        losses: of the steps of this run, by their number.
+        preempted: whether it was told to stop (SIGTERM), saved, and did.
+    """
+
+    step: int
+    losses: dict[int, float]
+    preempted: bool
+
+
+class Trainer:
+    """Trains a model on the devices of all processes, as planned.
+
+    `python -m kpx launch` starts the processes; without it, this one is alone. Every process runs the same script.
+
+    Args:
+        model: a `torch.nn.Module`, a flax module, or a loss in JAX with `params` (see `kpx.train.model.adapted`).
+        optimizer: an optax transformation.
+        loss: of a module, `(call, batch) -> loss`; see `adapted` for what it is by default.
+        params: of a loss in JAX, its parameters.
+        plan: `auto`; sizes of axes to keep, as `{"fsdp": 8}`; or a `kpx.Plan` of such a step.
+        clip, microbatches, remat, seed: see `Step`; None for microbatches or remat leaves them to the plan.
+        config: what kpx may do, precision included: weights stay as they are given, products are lowered.
+        checkpoints: a folder; without, nothing is saved. A trainer goes on from the last whole one in it.
+        save_every: how many steps lie between checkpoints.
+        keep: how many checkpoints are kept.
+        log_every: how many steps lie between what is told.
+        hang_seconds: how long a step may take before the process ends itself; None for ever.
+
+    Raises:
+        InputError, ConfigError: something is not what it must be. CheckpointError: another job has the folder.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        *,
+        loss: Callable | None = None,
+        params: Any = None,
+        plan: str | Mapping[str, int] | Plan = "auto",
+        clip: float | None = None,
+        microbatches: int | None = 1,
+        remat: str | None = "none",
+        seed: int = 0,
+        config: Config | None = None,
+        checkpoints: str | os.PathLike | None = None,
+        save_every: int = 100,
+        keep: int = 3,
+        log_every: int = 10,
+        hang_seconds: float | None = None,
+    ):
+        initialize()
+        self.config = resolve(config)
+        self._model = adapted(model, loss, params)
+        self.step = Step(self._model.loss, optimizer, clip, microbatches, remat, seed)
+        if isinstance(plan, str) and plan != "auto":
+            raise ConfigError(
+                f"`plan={plan!r}` is not known. It is 'auto', sizes of axes as {{'fsdp': 8}}, or a kpx.Plan."
+            )
+        self._asked = plan
+        self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, keep=keep)
+        self._save_every, self._log_every, self._hang_seconds = save_every, log_every, hang_seconds
+        self.plan: Plan | None = None
+        self.state: State | None = None
+        self._run: Callable | None = None
+
+    def fit(self, data: Iterable[Any], steps: int, *, progress: Callable[[dict], None] | None = None) -> Ended:
+        """Trains until so many steps were made in all; goes on from the last checkpoint where there is one.
+
+        Args:
+            data: batches, pytrees of arrays whose first dimension is the whole batch of all processes, alike on each process
+                (a seeded generator, say). After a restart, as many as were trained on are passed over; an iterator that has
+                `get_state` and `set_state` (grain's) is set instead.
+            progress: is given each line that is logged, too.
+
+        Raises:
+            TrainingError: a loss is no number, or the data ended before the first step.
+        """
+        batches = iter(data)
+        first = next(batches, None)
+        if first is None:
+            raise InputError("The data has no batch. Give an iterable of at least one.")
+        self._prepare(first)
+        assert self.state is not None
+        assert self.plan is not None
+        start = int(self.state.step)
+        stream = _resumed(data, batches, first, start, self._told)
+        watch, stop, log = health.Watchdog(self._hang_seconds), Preemption(), _Log(self.plan, progress)
+        try:
+            return self._loop(stream, start, steps, watch, stop, log)
+        finally:
+            watch.close()
+            stop.close()
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Waits for what is being saved, and gives the folder of checkpoints up."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+    def _loop(self, stream: _Stream, start: int, steps: int, watch, stop, log: _Log) -> Ended:
+        losses: dict[int, float] = {}
+        run, last = self._run, None
+        assert run is not None
+        number = start
+        for number in range(start + 1, steps + 1):
+            if (batch := stream.next()) is None:
+                number -= 1
+                break
+            watch.at(number)
+            began = time.perf_counter()
+            self.state, metrics = run(self.state, self._placed(batch))
+            if last is not None:  # of the step before, so that this one is under way
+                losses[last[0]] = log.told(*last)
+            last = (number, metrics, began, number % self._log_every == 0)
+            due = stop.is_due(number)
+            if self._checkpoints is not None and (due or number % self._save_every == 0 or number == steps):
+                losses[number] = log.told(*last)  # what is no number is not saved
+                last = None
+                self._checkpoints.save(number, self.state, stream.state(number))
+            if due:
+                return Ended(number, losses, preempted=True)
+        if last is not None:
+            losses[last[0]] = log.told(*last)
+        return Ended(number, losses, preempted=False)
+
+    # Before the first step ------------------------------------------------------------------------
+
+    def _prepare(self, batch: Any) -> None:
+        """Plans, compiles, and puts the state where the plan has it: the start, or the last checkpoint."""
+        if self.state is not None:
+            return
+        spec = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)), batch
+        )
+        like = jax.eval_shape(self.step.start, self._model.params, self._model.carried)
+        self.plan = self._planned(like, spec)
+        self._run = self.plan.apply(self.step, config=self.config)
+        at = self.plan.placed()
+        self._batch_at = at[1]
+        self._told: dict[str, Any] = {}
+        structs = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), like, at[0])
+        restored = self._checkpoints.restore(structs) if self._checkpoints is not None else None
+        if restored is not None:
+            _, self.state, self._told = restored
+            return
+        start = jax.jit(self.step.start, out_shardings=at[0])
+        put = jax.tree.map(_put, (self._model.params, self._model.carried), (at[0].params, at[0].carried))
+        self.state = start(*put)
+
+    def _planned(self, like: State, spec: Any) -> Plan:
+        if isinstance(self._asked, Plan):
+            return self._asked
+        fixed = {} if isinstance(self._asked, str) else dict(self._asked)
+        target = Target.resolve(None)
+        return plan(self.step, like, spec, target=target, fixed=fixed, config=self.config, confirm=0)
+
+    def _placed(self, batch: Any) -> Any:
+        return jax.tree.map(_put, batch, self._batch_at)
+
+
+def _put(array: Any, sharding: Any) -> jax.Array:
+    """An array that every process has whole, as each process's part of a sharded one."""
+    held = np.asarray(array)
+    held = held.astype(jax.dtypes.canonicalize_dtype(held.dtype), copy=False)
+    return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
+
+
+class _Stream:
+    """Batches, and where they are."""
+
+    def __init__(self, batches: Iterator, first: Any | None):
+        self._batches, self._first = batches, first
+
+    def next(self) -> Any | None:
+        if self._first is not None:
+            batch, self._first = self._first, None
+            return batch
+        return next(self._batches, None)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps of them."""
+        told: dict[str, Any] = {"step": step}
+        if hasattr(self._batches, "get_state"):
+            given = self._batches.get_state()  # type: ignore[attr-defined]
+            told["data"] = given.decode() if isinstance(given, bytes) else given
+        return told
+
+
+def _resumed(data: Iterable, batches: Iterator, first: Any, start: int, told: Mapping[str, Any]) -> _Stream:
+    """Batches from where a checkpoint left them."""
+    if start == 0:
+        return _Stream(batches, first)
+    if "data" in told and hasattr(batches, "set_state"):
+        batches.set_state(told["data"])  # type: ignore[attr-defined]
+        return _Stream(batches, None)
+    for _ in range(start - 1):
+        if next(batches, None) is None:
+            break
+    return _Stream(batches, None)
+
+
+class _Log:
+    """What is told of steps: lines of JSON where nobody watches, a line that is written over where somebody does."""
+
+    def __init__(self, plan: Plan, progress: Callable[[dict], None] | None):
+        self._progress = progress
+        self._is_first = jax.process_index() == 0
+        self._console = None
+        if self._is_first and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._console = Console(stderr=True)
+        self._attempt = int(os.environ.get(ATTEMPT, "0"))
+        self._before = None
+        told = {"mesh": plan.mesh, "variant": dict(plan.variant), "predicted_seconds": plan.predicted_seconds}
+        self._tell({"plan": told, "processes": jax.process_count(), "attempt": self._attempt})
+
+    def told(self, step: int, metrics: Mapping[str, Any], began: float, is_due: bool) -> float:
+        """Waits for a step's metrics, checks them, and tells of them where that is due; gives the loss."""
+        found = {name: float(number) for name, number in metrics.items()}
+        health.check_finite(found, step)
+        now = time.perf_counter()
+        taken, self._before = now - (self._before or began), now
+        if is_due:
+            line: dict[str, Any] = {"step": step, **found, "seconds": round(taken, 6)}
+            if slow := health.stragglers(taken):
+                line["stragglers"] = {str(n): round(times, 2) for n, times in slow.items()}
+            if hot := health.devices():
+                line["devices"] = hot
+            self._tell(line)
+        return found["loss"]
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        if not self._is_first:
+            return
+        if self._progress is not None:
+            self._progress(line)
+        if self._console is None:
+            print(json.dumps(line), flush=True)
+        elif "step" in line:
+            text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            self._console.print(text, highlight=False, soft_wrap=True)
+        else:
+            self._console.print(f"plan: {line['plan']['mesh']}, {line['processes']} processes", highlight=False)

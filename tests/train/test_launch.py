@@ -1,0 +1,136 @@
+"""Launching: processes that train as one, survive what kills them, and manifests for clusters."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import kpx
+from kpx.train import launch
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _command(plan, folder, *further, processes=2, devices=1, steps=12, options=()):
+    given = [sys.executable, "-m", "kpx", "launch", "--processes", str(processes), "--devices", str(devices), *options]
+    return [*given, str(ROOT / "tests" / "train" / "script.py"), plan, str(folder), str(steps), *further]
+
+
+def _environment():
+    paths = [str(ROOT), *(p for p in sys.path if p)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _launched(*arguments, **options):
+    done = subprocess.run(
+        _command(*arguments, **options), env=_environment(), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, (done.stdout[-1500:], done.stderr[-3000:])
+    return _losses(done.stdout), done
+
+
+def _losses(output):
+    """Of each step the last loss that was told, by lines of JSON; and the last line's."""
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return {line["step"]: line["loss"] for line in lines if "step" in line}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The losses of one device."""
+    return _launched("auto", "", processes=1)[0]
+
+
+def test_processes_train_to_the_losses_of_one_device(alone):
+    found, _ = _launched('{"fsdp": 2}', "")
+    np.testing.assert_allclose([found[n] for n in sorted(found)], [alone[n] for n in sorted(alone)], atol=1e-4)
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_process_that_is_killed_costs_nothing_of_the_loss_curve(alone, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    death = f"{rng.integers(2)}:{rng.integers(2, 13)}"
+    found, done = _launched('{"fsdp": 2}', tmp_path, death)
+    assert "was killed by signal 9" in done.stderr
+    assert "Starting again with 2 processes" in done.stderr
+    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
+
+
+def test_it_goes_on_with_fewer_processes_where_it_may(alone, tmp_path):
+    found, done = _launched("auto", tmp_path, "1:7", options=["--elastic", "1"])
+    assert "Starting again with 1 processes" in done.stderr
+    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
+
+
+def test_told_to_stop_it_saves_and_ends(tmp_path):
+    command = _command('{"fsdp": 2}', tmp_path, steps=100_000)
+    with subprocess.Popen(
+        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith('{"step": 6'):
+                process.send_signal(signal.SIGTERM)
+                break
+        output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    ended = json.loads(output.splitlines()[-2] if '"ended"' not in output.splitlines()[-1] else output.splitlines()[-1])
+    assert ended["ended"] >= 6
+    assert (tmp_path / str(ended["ended"])).is_dir()
+
+
+def test_a_step_that_hangs_is_named_and_ends_the_process():
+    source = (
+        "import time\nfrom kpx.train.health import Watchdog\n"
+        "dog = Watchdog(1.0)\ndog.at(7)\ntime.sleep(60)\n"
+    )  # fmt: skip
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=_environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == launch.HUNG
+    assert "process 0 hangs in step 7" in done.stderr
+    assert "time.sleep" in done.stderr or "Thread" in done.stderr
+    assert time.monotonic() - began < 60
+
+
+JOB = launch.Job(("train.py", "--rate", "1e-3"), 1, 1, 5, 1)
+
+
+def test_a_slurm_script_starts_a_task_a_host_and_is_bash(tmp_path):
+    text = launch.sbatch(JOB, kpx.Target("cuda:h100:32x8"), "llama")
+    assert "--nodes=32" in text
+    assert "--gpus-per-node=8" in text
+    assert "seq 0 5" in text
+    (tmp_path / "job").write_text(text)
+    subprocess.run(["bash", "-n", str(tmp_path / "job")], check=True)
+
+
+def test_a_jobset_has_a_job_a_slice_and_a_pod_a_host():
+    yaml = pytest.importorskip("yaml")
+    found = yaml.safe_load(launch.jobset(JOB, kpx.Target("tpu-v5e:16x16*2"), "llama", "image:1"))
+    (job,) = found["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert job["replicas"] == 2
+    assert job["template"]["spec"]["parallelism"] == 64
+    assert found["spec"]["failurePolicy"]["maxRestarts"] == 5
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    told = {e["name"]: e.get("value") for e in container["env"]}
+    assert told["KPX_PROCESSES"] == "128"
+    assert container["command"][-1].endswith("exec python train.py --rate 1e-3")
+
+
+def test_a_cluster_without_a_target_is_an_error(capsys):
+    from kpx.cli import main
+
+    assert main(["launch", "--cluster", "slurm", "train.py"]) == 1
+    assert "needs `--target`" in capsys.readouterr().err
