@@ -147,7 +147,7 @@ def _register(scale: str, mask: str, by_batch: bool) -> None:
     hidden = mask == "hidden"
     for layout in _LAYOUTS:
         shape = (2, 4, 8, 16) if layout == "heads_first" else (2, 8, 4, 16)
-        letters = "bh.." if layout == "heads_first" else "b.h."
+        letters = "bhs." if layout == "heads_first" else "bsh."
         builtin(
             f"attention.{mask}{'_by_batch' if by_batch else ''}.{scale}.{layout}",
             _groups(layout, scale, mask, _LIBRARYS, by_batch),
@@ -208,7 +208,7 @@ for (_kind, _mask), _by_batch in itertools.product(
         shared=(1, 2),
         constant=(3,) if _mask else (),
         mask=3 if _mask and not _by_batch else None,
-        parallel=("b.h.",) * 3 + ((_letters(_by_batch),) if _mask else ()) + ("b.h.",),
+        parallel=("bsh.",) * 3 + ((_letters(_by_batch),) if _mask else ()) + ("bsh.",),
         alike=f"attention.{_kind}.jax_nn",
         scale=0.25,
     )
@@ -338,7 +338,7 @@ for (_name, _causal, _by_batch, _masks), _numbers in itertools.product(
         shared=(1, 2),
         constant=(3,) if _masks else (),
         mask=3 if _masks and not _by_batch else None,
-        parallel=("bh..",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()) + ("bh..",),
+        parallel=("bhs.",) * 3 + (("b." if _by_batch else "bh..",) if _masks else ()) + ("bhs.",),
         alike=f"attention.{_name.removesuffix('_by_batch')}.kpx.{len(_numbers)}",
         **_numbers,
     )

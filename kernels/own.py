@@ -8,6 +8,7 @@ from kpx.kernels import (
     attention_decode,
     attention_gpu,
     attention_onednn,
+    attention_ring,
     attention_spellings,
     attention_tokamax,
     attention_tpu,

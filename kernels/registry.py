@@ -81,6 +81,7 @@ class Kernel:
         name: the composite's name, `kpx.<op>`.
         version: the composite's version; it changes when the meaning of an attribute does.
         decomposition: the reference in plain JAX. Arrays are positional, attributes are keywords.
+        split: implementations over several devices that have parts of a sequence each (see `over_sequence`).
         implementations: of every target; `preference` names those that come first, in order.
         transpose: where the op is linear in each of its first two arrays, the other's product with a cotangent
             (see `bilinear`).
@@ -93,6 +94,7 @@ class Kernel:
     version: int
     decomposition: Callable
     implementations: list[Implementation] = field(default_factory=list)
+    split: list[Implementation] = field(default_factory=list)
     preference: tuple[str, ...] = ()
     transpose: Callable | None = None
     sample: Callable | None = None
@@ -107,6 +109,12 @@ class Kernel:
         """
         if (asked := _TARGET.get()) is not None:
             structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+            if asked.sequence is not None:
+                selection = asked.options.get("selection", RULES)
+                split, _ = self.choose_split(structs, attributes, asked.sequence.parts, selection)
+                assert split is not None  # else the case was not taken
+                inner = functools.partial(_unsplit, self, asked)
+                return split.function(*arrays, axes=asked.sequence.axes, kernel=inner, **attributes)
             chosen, _ = self.choose(asked.target, structs, attributes, **asked.options)
             return (self.decomposition if chosen is None else chosen.function)(*arrays, **attributes)
         given = tuple(sorted(attributes.items()))
@@ -143,6 +151,36 @@ class Kernel:
 
         return register
 
+    def over_sequence(self, *, supports: Supports) -> Callable:
+        """Registers a way to compute the op where devices have parts of its sequence each, one that comes before others where
+        it was registered before them.
+
+        The function is given each device's arrays and attributes, `axes`: names of the mesh's axes that split the sequence, and
+        `kernel`: the op on arrays that are not split.
+
+        Args:
+            supports: given a device's `jax.ShapeDtypeStruct`s, the attributes, and `parts`: over how many devices the
+                sequence is split; gives the reason why this case is not supported, or None.
+        """
+
+        def register(function: Callable) -> Callable:
+            self.split.append(Implementation(function.__name__, "", function, supports))
+            return function
+
+        return register
+
+    def choose_split(
+        self, avals: Sequence[jax.ShapeDtypeStruct], attributes: dict[str, Any], parts: int, selection: Selection
+    ) -> tuple[Implementation | None, dict[str, str]]:
+        """The implementation for a sequence that is split over so many devices, or None; and why it is not another."""
+        refused: dict[str, str] = {}
+        asked = selection.by_name.get(self.name)
+        for implementation in sorted(self.split, key=lambda i: i.name != asked):
+            if (reason := implementation.supports(*avals, parts=parts, **attributes)) is None:
+                return implementation, refused
+            refused[implementation.name] = reason
+        return None, refused
+
     def bilinear(self, transpose: Callable) -> Callable:
         """Says that the op is linear in each of its first two arrays; its derivatives, of any order, are kernels.
 
@@ -173,7 +211,8 @@ class Kernel:
         there = self.on_target(target)
         case = Case(self.name, self.version, tuple(avals), tuple(sorted(attributes.items())), differentiated)
         note(case)
-        if (asked := selection.by_name.get(self.name)) is not None:
+        asked = selection.by_name.get(self.name)
+        if asked is not None and asked not in {i.name for i in self.split}:
             return self._named(asked, target, there, case), {}
         refused: dict[str, str] = {}
         if (fastest := selection.fastest(case)) is not None:
@@ -220,9 +259,18 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class SplitSequence:
+    """How a sequence is split: the mesh's axes, and over how many devices."""
+
+    axes: tuple[str, ...]
+    parts: int
+
+
+@dataclass(frozen=True)
 class _Asked:
     target: str
     options: dict[str, Any]
+    sequence: SplitSequence | None = None
 
 
 _TARGET: contextvars.ContextVar[_Asked | None] = contextvars.ContextVar("kpx_kernels_for", default=None)
@@ -230,14 +278,30 @@ _TARGET: contextvars.ContextVar[_Asked | None] = contextvars.ContextVar("kpx_ker
 
 @contextlib.contextmanager
 def implemented_for(
-    target: str, *, differentiated: bool = True, kind: str = "", selection: Selection = RULES
+    target: str,
+    *,
+    differentiated: bool = True,
+    kind: str = "",
+    selection: Selection = RULES,
+    sequence: SplitSequence | None = None,
 ) -> Iterator[None]:
-    """Kernels that are called inside are their implementations for a target, with the gradients that those define."""
-    token = _TARGET.set(_Asked(target, {"differentiated": differentiated, "kind": kind, "selection": selection}))
+    """Kernels that are called inside are their implementations for a target, with the gradients that those define.
+
+    Args:
+        sequence: how each device has a part of a sequence, inside a `shard_map`.
+    """
+    options = {"differentiated": differentiated, "kind": kind, "selection": selection}
+    token = _TARGET.set(_Asked(target, options, sequence))
     try:
         yield
     finally:
         _TARGET.reset(token)
+
+
+def _unsplit(kernel: Kernel, asked: _Asked, *arrays, **attributes):
+    """A kernel on arrays that are whole, inside of one over a split sequence."""
+    with implemented_for(asked.target, **asked.options):
+        return kernel(*arrays, **attributes)
 
 
 _KERNELS: dict[str, Kernel] = {}

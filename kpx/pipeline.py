@@ -136,9 +136,15 @@ def decompose(module: ir.Module, context: Context) -> None:
 
 def know_masks(module: ir.Module, context: Context) -> None:
     """A stage's body that computes the masks that no input decides, and has loops compute what is constant."""
-    if _kernels_for(module, context, spread=True) is not None:
+    if _may_spread(module, context):
         known_masks.simplify(module)
         loops.sink_constants(module)
+
+
+def _may_spread(module: ir.Module, context: Context) -> bool:
+    """Whether attention over masks that no input decides may become a kernel: off the CPU, or over several devices."""
+    elsewhere = context.device.platform != "cpu" or m.partitions(module) > 1
+    return elsewhere and _kernels_for(module, context, spread=True) is not None
 
 
 def fuse(module: ir.Module, context: Context) -> None:
@@ -147,11 +153,13 @@ def fuse(module: ir.Module, context: Context) -> None:
     if _kernels_for(module, context) is not None:
         grouped.raise_products(module)
     if (device := _kernels_for(module, context, spread=True)) is not None:
-        if device.platform != "cpu":  # masks that took canonicalizing to be known
+        if _may_spread(module, context):  # masks that took canonicalizing to be known
             loops.sink_constants(module)
         disabled = frozenset(context.config.disable)
         given = context.fuel, context.report, disabled, context.kernels
         found |= fusion.fuse(module, device, *given)
+    if context.device.platform == "cpu" and m.partitions(module) > 1:
+        rewriting(canonicalize.RULES)(module, context)
     found |= composites.count(module)
     for name, count in found.items():
         context.fusions[name] = context.fusions.get(name, 0) + count * context.repeats
@@ -221,9 +229,9 @@ def canonicalize_and_lay_out(module: ir.Module, context: Context) -> None:
         if _has_onednn(module, context) and weights(module):
             rewriting(packed.CONVOLUTIONS)(module, context)
         rewriting([*convolution.FORMS, *canonicalize.RULES], around=convolution.FORMS)(module, context)
-    elif context.device.platform == "cpu":
+    elif context.device.platform == "cpu" and m.partitions(module) == 1:
         rewriting(canonicalize.RULES)(module, context)
-    else:
+    else:  # on CPUs too, for what may be split along a sequence
         rewriting([*canonicalize.FOR_FUSION, *precision.OFF_CPU])(module, context)
 
 
@@ -242,7 +250,7 @@ def stages(context: Context) -> list[Stage]:
             "canonicalize decompositions",
             rewriting(canonicalize.RULES if on_cpu else canonicalize.FOR_FUSION, callees=True),
         ),
-        *([] if on_cpu else [Stage("know masks", know_masks)]),
+        Stage("know masks", know_masks),
         Stage("decompose", decompose),
         Stage("clean up", mlir("cse,symbol-dce")),
         *([Stage("lower convolutions", lower_convolutions)] if lowers else []),

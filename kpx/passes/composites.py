@@ -186,6 +186,7 @@ def replacement(
     attributes: dict[str, Any],
     *,
     differentiated: bool = False,
+    sequence: registry.SplitSequence | None = None,
 ) -> Choice:
     """A pattern's replacement, where every kernel that it calls has an implementation, and otherwise why not."""
     if device is None:
@@ -195,7 +196,10 @@ def replacement(
     refused: dict[str, str] = {}
     names: dict[str, None] = {}
     for kernel, structs, stated in registry.calls(jaxpr.jaxpr):
-        implementation, reasons = chosen_for(kernel, device, structs, stated, differentiated)
+        if sequence is None:
+            implementation, reasons = chosen_for(kernel, device, structs, stated, differentiated)
+        else:
+            implementation, reasons = kernel.choose_split(structs, stated, sequence.parts, device.selection)
         refused |= reasons
         if implementation is None:
             return Choice(None, AS_IT_WAS + _reasons(refused))

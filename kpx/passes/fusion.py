@@ -180,7 +180,8 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
     if spread is not None:
         arrays = tuple(map(spread.part, arrays, spread.letters))
     differentiated = match.pattern.gradient_of is not None
-    choice = replacement(pattern, device, arrays, match.numbers, differentiated=differentiated)
+    sequence = None if spread is None else spread.sequence
+    choice = replacement(pattern, device, arrays, match.numbers, differentiated=differentiated, sequence=sequence)
     if choice.function is None:
         chosen.setdefault(match.pattern.label, choice.label)
     else:
@@ -191,6 +192,8 @@ def _may_be_used(match: Match, device: Device, report: Report, spread: Spread | 
 def matches(module: ir.Module, device: Device, disabled: frozenset[str]) -> Iterator[Match]:
     """Where patterns are, and where they are with their gradients, which are looked for where a skeleton was found."""
     platform = device.platform
+    # On a CPU a module over several devices is canonicalized as elsewhere: its attention may be split along a sequence.
+    spelled = "cuda" if platform == "cpu" and m.partitions(module) > 1 else platform
     matcher, differentiated = Matcher(), _is_differentiated(module)
     there, types = set(), set()
     for op in m.walk(m.main(module)):
@@ -215,7 +218,7 @@ def matches(module: ir.Module, device: Device, disabled: frozenset[str]) -> Iter
         if is_of_use(p, platform, asked)
     ]
     candidates = [(p, group) for p in wanted for group in range(len(p.searches))]
-    for match in _search(module, matcher, candidates, platform, recognised):
+    for match in _search(module, matcher, candidates, spelled, recognised):
         if not match.pattern.with_gradient_alone:
             yield match
     if differentiated:
@@ -226,7 +229,7 @@ def matches(module: ir.Module, device: Device, disabled: frozenset[str]) -> Iter
             for group in range(len(pair.searches))
             if (p, group) in recognised or group >= len(p.searches)
         ]
-        yield from _search(module, matcher, pairs, platform, {})
+        yield from _search(module, matcher, pairs, spelled, {})
 
 
 def _largest_product(module: ir.Module) -> int:

@@ -62,7 +62,8 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spr
     computed = functools.partial(carries or pattern.replace, **dict(numbers))
     differentiated = len(structs) > count
     pulls: list[Any] = []
-    options: dict[str, Any] = {"kind": device.kind, "selection": device.selection}
+    sequence = None if spread is None else spread.sequence
+    options: dict[str, Any] = {"kind": device.kind, "selection": device.selection, "sequence": sequence}
 
     def forward(*arrays):
         with kernels.implemented_for(device.platform, differentiated=differentiated, **options):

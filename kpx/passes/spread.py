@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kpx.ir import module as m
 from kpx.ir.module import Value
 from kpx.jax_internals import lower_alone
 from kpx.kernels.patterns import Pattern
+from kpx.kernels.registry import SplitSequence
 from kpx.passes.composites import Device
 from kpx.passes.shardings import Axes, Shardings
 
@@ -50,6 +51,12 @@ class Spread:
         return jax.ShapeDtypeStruct([n // k for n, k in zip(struct.shape, over, strict=True)], struct.dtype)
 
     @property
+    def sequence(self) -> SplitSequence | None:
+        """How a sequence is split, where it is."""
+        over = dict(self.axes).get(SEQUENCE)
+        return SplitSequence(over, math.prod(dict(self.mesh)[a] for a in over)) if over else None
+
+    @property
     def parts(self) -> int:
         """Over how many devices work is split."""
         return math.prod(dict(self.mesh)[a] for _, axes in self.axes for a in axes)
@@ -67,13 +74,17 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
     axes: dict[str, Axes] = {}
     gathered: set[str] = set()
     given = [_letters(pattern, place, v) for place, v in enumerate(inputs)]
-    for value, letters in zip(inputs, given, strict=True):
+    for place, (value, letters) in enumerate(zip(inputs, given, strict=True)):
         if not letters:
             continue  # a scalar has no sharding
         found = shardings.of(value)
         if found is None:
+            if place >= len(pattern.example) and SEQUENCE in axes:
+                continue  # propagation does not go through scores that are split both ways
             return None
         for letter, size, over in zip(letters, m.shape(value), found, strict=True):
+            if letter == SEQUENCE and not over and SEQUENCE not in axes:
+                continue
             if letter == WHOLE:
                 gathered.update(over)
             elif letter == ".":
@@ -91,6 +102,9 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
         return None
     return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.example)]))
 
+
+SEQUENCE = "s"
+"""The letter of dimensions along which each result needs every device's part, in turn (see `Kernel.over_sequence`)."""
 
 WHOLE = "*"
 """The letter of dimensions of an array that every device needs whole; its gradient is the sum of theirs."""
@@ -127,8 +141,8 @@ def lowered(
     """
     letters, count = spread.letters, len(pattern.example)
     specs, result = tuple(map(spread.spec, letters)), spread.spec(pattern.parallel[-1])
-    _, *saved = jax.eval_shape(forward, *map(spread.part, structs[:count], letters))
-    pieces = tuple(spread.pieces if s.ndim else PartitionSpec() for s in saved)
+    saved = _saved(forward, structs[:count], specs, result, spread)
+    pieces = tuple(spread.pieces if s.shape else PartitionSpec() for s in saved)
     over = spread.parts
     whole = [jax.ShapeDtypeStruct((s.shape[0] * over, *s.shape[1:]) if s.ndim else (), s.dtype) for s in saved]
     shard = functools.partial(jax.shard_map, check_vma=False)
@@ -147,3 +161,25 @@ def lowered(
         gradients = tuple(specs[place] for place in variable)
         parts.append((shard(summed, in_specs=operands, out_specs=gradients), [*whole, *structs[count:]]))
     return [lower_alone(f, given, device.platform, device.kind, dict(spread.mesh)) for f, given in parts]
+
+
+def _saved(
+    forward: Any,
+    structs: Sequence[jax.ShapeDtypeStruct],
+    specs: tuple[PartitionSpec, ...],
+    result: PartitionSpec,
+    spread: Spread,
+) -> list[jax.ShapeDtypeStruct]:
+    """What a device keeps of a forward pass, which may speak of the mesh's axes."""
+    found: list[list[jax.ShapeDtypeStruct]] = []
+
+    def result_alone(*arrays):
+        out, *saved = forward(*arrays)
+        found.append([jax.ShapeDtypeStruct(s.shape, s.dtype) for s in saved])
+        return out
+
+    sizes = dict(spread.mesh)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    split = jax.shard_map(result_alone, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)
+    jax.eval_shape(split, *structs)
+    return found[-1]

@@ -44,7 +44,9 @@ def constrain(module: ir.Module, roles: Roles, layout_on: Callable[[Dims], Layou
                 if graph.shapes[value]:
                     first = [made] if op.kind in ("gather", "scatter") and made != layout.of(value) else []
                     wanted += [(None, value, sharding) for sharding in [layout.of(value), *first]]
-    done: dict[tuple[int, Sharding, int], Any] = {}
+    # What is given back lies as it did: a compiler would choose for itself.
+    wanted += [(None, graph.returned[place], layout.of(graph.returned[place])) for place in roles.becomes]
+    done: dict[tuple[int, Sharding, bool], Any] = {}
     with module.context, ir.Location.unknown():
         for op, value, sharding in wanted:
             _put(op, values[value], sharding, done, (value, sharding, op is None))
@@ -66,7 +68,8 @@ def _before_transpose(graph: Graph, operations: list[Any], number: int, value: i
 def _put(op: Any, value: m.Value, sharding: Sharding, done: dict, key: tuple) -> None:
     """A constraint on a value: of an operation's operand alone, or where `op` is None of whatever uses it."""
     if key in done:
-        _replace_in(op, value, done[key])
+        if op is not None:
+            _replace_in(op, value, done[key])
         return
     producer = m.producer(value)
     users = m.users(value) if op is None else [op]

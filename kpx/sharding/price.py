@@ -369,7 +369,8 @@ class _Run:
             way.sent.append(Sent("all-to-all", tuple(a for _, a in moved), size, is_weight))
         if gathered:
             way.sent.append(Sent("all-gather", gathered, size, is_weight))
-        way.gathered[key] = size
+        in_turn = op.group and set(gathered) <= {"context"}
+        way.gathered[key] = size / self.layout.parts(gathered) if in_turn else size
 
     def _summed(self, way: Way, value: int, made: Sharding, partial: Axes, at_once: bool) -> None:
         """Exchanges that make a result whole of the parts of a sum, and bring it to where it lies.
@@ -444,10 +445,17 @@ class _Run:
         axes = tuple(a for a in self.layout.mesh if a in sent.axes and self.layout.mesh[a] > 1)
         if not axes or not sent.bytes:
             return
-        seconds, count = self._seconds(sent), self.graph.counts[op.region]
-        self.exchanges.append(Exchange(sent.kind, axes, sent.bytes, count, seconds * count, sent.overlaps, op.path))
-        time = self.times[op.region]
-        if sent.overlaps:
+        seconds, count, kind, size = self._seconds(sent), self.graph.counts[op.region], sent.kind, sent.bytes
+        overlaps, time = sent.overlaps, self.times[op.region]
+        if op.group and set(axes) <= {"context"} and kind != "all-reduce":  # a kernel's ring: each part in turn
+            parts = self.layout.parts(axes)
+            kind, size, overlaps = "collective-permute", size / parts, True
+            if self.fabric is not None:
+                seconds = parts * self.fabric.seconds(kind, size, axes)
+            self.exchanges.append(Exchange(kind, axes, size, count * parts, seconds * count, overlaps, op.path))
+        else:
+            self.exchanges.append(Exchange(kind, axes, size, count, seconds * count, overlaps, op.path))
+        if overlaps:
             time.beside += seconds
         else:
             time.exposed += seconds

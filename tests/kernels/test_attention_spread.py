@@ -57,7 +57,7 @@ def test_a_mask_over_keys_is_split_with_its_batch(target):
     assert not compiled.collectives
 
 
-LEFT_ALONE = {"over positions": ("data", None, "model"), "over sizes": ("data", None, None, "model"), "nowhere": ()}
+LEFT_ALONE = {"over sizes": ("data", None, None, "model"), "nowhere": ()}
 
 
 @pytest.mark.parametrize("split", LEFT_ALONE)
