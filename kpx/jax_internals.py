@@ -5,7 +5,7 @@ Written for jax 0.10.2 to 0.11, and tested against what it replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -294,3 +294,70 @@ def scan_of(equation: Any, values: Sequence[Any], wrapped: Callable[[Callable], 
     options = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
     last, stacked = jax.lax.scan(lambda c, x: layer(fixed, c, x), list(start), list(sequences), **options)
     return [*last, *stacked]
+
+
+class Lazy:
+    """A jaxpr's values, each computed when it is asked for, of those that are known.
+
+    Args:
+        known: by variable, values that are not to be computed: inputs, and whatever takes the place of an equation's results.
+    """
+
+    def __init__(self, closed: Any, known: Mapping[Any, Any]):
+        self._held = {**dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)), **known}
+        self._makers = {v: equation for equation in closed.jaxpr.eqns for v in equation.outvars}
+
+    def value(self, atom: Any) -> Any:
+        """A variable's value.
+
+        Raises:
+            KeyError: it depends on an input that is not known.
+        """
+        if isinstance(atom, _core.Literal):
+            return atom.val
+        waiting = [atom]
+        while waiting:
+            here = waiting[-1]
+            if here in self._held:
+                waiting.pop()
+                continue
+            equation = self._makers[here]
+            missing = [v for v in equation.invars if not isinstance(v, _core.Literal) and v not in self._held]
+            if missing:
+                waiting += missing
+                continue
+            given = [v.val if isinstance(v, _core.Literal) else self._held[v] for v in equation.invars]
+            found: Any = equation.primitive.get_bind_params(equation.params)
+            functions, parameters = found if isinstance(found, tuple) else ((), found)
+            made = equation.primitive.bind(*functions, *given, **parameters)
+            self._held.update(
+                zip(equation.outvars, made if equation.primitive.multiple_results else [made], strict=True)
+            )
+        return self._held[atom]
+
+
+def inputs_of(closed: Any, atoms: Sequence[Any], known: Collection[Any] = ()) -> set[Any]:
+    """The inputs of a jaxpr that variables depend on, those behind known ones left out."""
+    makers = {v: equation for equation in closed.jaxpr.eqns for v in equation.outvars}
+    inputs, seen, waiting = set(closed.jaxpr.invars), set(known), list(atoms)
+    found = set()
+    while waiting:
+        atom = waiting.pop()
+        if isinstance(atom, _core.Literal) or atom in seen:
+            continue
+        seen.add(atom)
+        if atom in inputs:
+            found.add(atom)
+        elif atom in makers:
+            waiting += makers[atom].invars
+    return found
+
+
+def scans_of(jaxpr: Any) -> list[Any]:
+    """The scans of a jaxpr, not those inside other equations."""
+    return [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+
+
+def body_of(scan: Any) -> Callable:
+    """A scan's body, `(*constants, *carry, *slices) -> [*carry, *slices]`."""
+    return _core.jaxpr_as_fun(scan.params["jaxpr"])

@@ -83,7 +83,9 @@ class Plan:
             options["donate_argnums"] = self.state_argnums
         if self.target.is_present:
             options["in_shardings"] = self.placed()
-        varied = step.varied(**self.variant) if hasattr(step, "varied") else step
+        varied: Any = step.varied(**self.variant) if hasattr(step, "varied") else step
+        if self.mesh.get("pipeline", 1) > 1:
+            varied = varied.along(self.device_mesh if self.target.is_present else self._abstract_mesh)
         return jit(varied, target=self.target, config=config, before=self.put_into, **options)
 
     def placed(self) -> tuple[Any, ...]:
@@ -107,6 +109,11 @@ class Plan:
             )
         kinds = (AxisType.Auto,) * len(self.mesh)
         return jax.make_mesh(tuple(self.mesh.values()), tuple(self.mesh), axis_types=kinds, devices=devices[:count])
+
+    @property
+    def _abstract_mesh(self) -> AbstractMesh:
+        kinds = (AxisType.Auto,) * len(self.mesh)
+        return AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh), axis_types=kinds)
 
     def put_into(self, module: Any) -> None:
         """Puts the plan into a step's module, in place."""
@@ -147,7 +154,7 @@ def plan(
         *specs: its arguments: arrays or `jax.ShapeDtypeStruct`s. Shardings that they have, over a mesh of the axes below, are
             kept, and so is that mesh.
         target: the machine, as `tpu-v5p:8x8x8`; by default JAX's devices here.
-        fixed: sizes of axes that are to be kept: `data` (the batch), `fsdp` (the batch, and weights stored in parts), `context`
+        fixed: sizes of axes that are to be kept: `pipeline` (layers in stages; of a `kpx.train.Step`), `data` (the batch), `fsdp` (the batch, and weights stored in parts), `context`
             (the sequence), `expert`, `tensor` (weights' own dimensions).
         goal: `time`: the fastest that fits; `memory`: what takes the least.
         confirm: how many of the best are compiled by the machine's own compiler, until one fits; by default one where that
@@ -196,8 +203,14 @@ class _Planner:
             pricing = Pricing(dims, self.target)
             given = self._given(dims)
             self.tell(f"searching layouts{_said(variant)}")
-            candidates = search.best(pricing, self.target, self.devices, self.fixed, given, variant, self.goal)
+            pipelines = hasattr(self.step, "along")
+            further = self.fixed, given, variant, self.goal, pipelines
+            candidates = search.best(pricing, self.target, self.devices, *further)
             found += [(c, dims) for c in candidates]
+            # What comes after takes less memory and more time; a pipeline alone gains by microbatches.
+            is_enough = self.goal == "time" and self.fixed.get("pipeline", 1) == 1
+            if is_enough and candidates and candidates[0].fits:
+                break
         if not found:
             raise ConfigError(self._no_mesh())
         found.sort(key=lambda pair: search.order(pair[0], self.goal))

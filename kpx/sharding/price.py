@@ -118,6 +118,22 @@ class Pricing:
         run.walk()
         return run.ways
 
+    def carried_bytes(self, layout: Layout) -> float:
+        """Of what goes from layer to layer, on a device: what loops carry that has the batch's rows first."""
+        found = 0.0
+        for number, op in enumerate(self.graph.ops):
+            if op.kind == "while":
+                body = self.graph.regions[self.graph.bodies[number][-1]]
+                here = sum(
+                    layout.bytes(v)
+                    for v in body.arguments
+                    if v not in self.dims.stored
+                    and self.dims.classes[v][:1]
+                    and self.dims.classes[v][0] in self.dims.rows
+                )
+                found = max(found, here)
+        return found
+
     def _last_uses(self) -> dict[int, int]:
         """Of each array in memory, the last operation of its own region that needs it; arrays that are given back never end."""
         graph, last = self.graph, {}

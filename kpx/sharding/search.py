@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 from kpx.hardware.target import Target
 from kpx.sharding.dims import Dims
+from kpx.sharding.fabric import Fabric
 from kpx.sharding.layout import Axes, Layout
-from kpx.sharding.price import Price, Pricing
+from kpx.sharding.price import Exchange, Price, Pricing
 
-AXES = ("data", "fsdp", "context", "expert", "tensor")
+AXES = ("pipeline", "data", "fsdp", "context", "expert", "tensor")
 """The axes that a plan may have, the outermost first: what is sent the most is the innermost, where links are shortest."""
 
 _ROWS = ("data", "fsdp", "expert")  # what splits the batch
@@ -51,6 +53,8 @@ def layouts(
     experts = expert_classes(dims)
     chosen = tensor_classes(dims) if tensor is None else tensor
     split: dict[int, Axes] = {}
+    if mesh.get("pipeline", 1) > 1:
+        split |= dict.fromkeys(dims.stacked, ("pipeline",))
     if mesh.get("expert", 1) > 1:
         split |= dict.fromkeys(experts, ("expert",))
     if mesh.get("tensor", 1) > 1:
@@ -88,13 +92,21 @@ def expert_classes(dims: Dims) -> tuple[int, ...]:
     return tuple(found)
 
 
-def meshes(dims: Dims, devices: int, fixed: Mapping[str, int], slices: int = 1) -> Iterator[dict[str, int]]:
-    """Meshes of a number of devices, whose axes divide what they split."""
+def meshes(
+    dims: Dims, devices: int, fixed: Mapping[str, int], slices: int = 1, *, pipelines: bool = False
+) -> Iterator[dict[str, int]]:
+    """Meshes of a number of devices, whose axes divide what they split.
+
+    Args:
+        pipelines: whether layers may be in stages.
+    """
+    layers = [_size(dims, c) for c in dims.stacked]
     rows = [n for n in (_size(dims, c) for c in dims.rows) if n]
     columns = [n for n in (_size(dims, c) for c in dims.columns) if n > 1]
     experts = [_size(dims, c) for c in expert_classes(dims)]
     weights = [_size(dims, c) for c in tensor_classes(dims)]
     most = {
+        "pipeline": min(layers, default=1) if pipelines else 1,
         "context": max(columns, default=1),
         "expert": min(experts, default=1),
         "tensor": max(weights, default=1),
@@ -106,6 +118,10 @@ def meshes(dims: Dims, devices: int, fixed: Mapping[str, int], slices: int = 1) 
         if math.prod(sizes) != devices:
             continue
         mesh = dict(zip(AXES, sizes, strict=True))
+        if mesh["pipeline"] > 1 and (
+            mesh["pipeline"] * mesh["data"] != devices or any(n % mesh["pipeline"] for n in layers)
+        ):
+            continue
         over = math.prod(mesh[a] for a in _ROWS)
         if any(n % over for n in rows) or (slices > 1 and (mesh["data"] % slices and mesh["fsdp"] % slices)):
             continue
@@ -122,11 +138,12 @@ def best(
     given: Mapping,
     variant: Mapping[str, Any],
     goal: str,
+    pipelines: bool = False,
 ) -> list[Candidate]:
     """Candidates of one graph, the best first."""
     found = [
         _priced(pricing, target, layouts(pricing.dims, mesh, given=given), variant)
-        for mesh in meshes(pricing.dims, devices, fixed, target.slices)
+        for mesh in meshes(pricing.dims, devices, fixed, target.slices, pipelines=pipelines)
     ]
     found.sort(key=lambda c: order(c, goal))
     refined = []
@@ -158,8 +175,37 @@ def _refined(pricing: Pricing, target: Target, candidate: Candidate, goal: str) 
 
 
 def _priced(pricing: Pricing, target: Target, layout: Layout, variant: Mapping[str, Any]) -> Candidate:
-    price = pricing.price(layout)
+    if layout.mesh.get("pipeline", 1) > 1:
+        price = pipelined(pricing, layout, variant)
+    else:
+        price = pricing.price(layout)
     return Candidate(layout, price, variant, price.memory_bytes <= HEADROOM * memory(target))
+
+
+def pipelined(pricing: Pricing, layout: Layout, variant: Mapping[str, Any]) -> Price:
+    """The price of layers in stages: a stage's share of computing, once more forward, and of what is idle while the pipeline
+    fills and empties; activations from stage to stage; the gradient's sum over `data`."""
+    stages, count = layout.mesh["pipeline"], variant.get("microbatches") or 1
+    parts = variant.get("interleave", 1)
+    rest = {c: axes for c, axes in layout.split.items() if axes != ("pipeline",)}
+    whole = pricing.price(Layout(layout.dims, layout.mesh, rest, (), layout.given))
+    ticks = (count + stages) * parts + stages - 1
+    computing = whole.compute_seconds * 4 / 3 / stages * ticks / (count * parts)
+    passed = pricing.carried_bytes(layout) / count
+    fabric = Fabric(pricing.target, layout.mesh)
+    hop = fabric.seconds("collective-permute", passed, ["pipeline"])
+    sent = Exchange("collective-permute", ("pipeline",), passed, 2 * ticks, 2 * ticks * hop, False, "pipeline")
+    kept = [e for e in whole.exchanges if "data" in e.axes]
+    # Stacked layers' gradients are summed a stage's at a time.
+    kept = [
+        dataclasses.replace(e, bytes=e.bytes / stages, seconds=e.seconds / stages) if e.count > 1 else e for e in kept
+    ]
+    arguments = sum(layout.bytes(v) for v in layout.dims.graph.arguments)
+    slots = min(count, (2 if parts == 1 else 3) * stages) * parts
+    working = (whole.memory_bytes - whole.argument_bytes) / (stages * count)
+    memory = arguments * 4 / 3 + (slots + 2) * passed + working
+    seconds = computing + sent.seconds + sum(e.seconds for e in kept)
+    return Price(seconds, computing, memory, arguments, [sent, *kept])
 
 
 def memory(target: Target) -> float:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from kpx.errors import ConfigError, InputError
+from kpx.train.pipeline import Pipelined
 from kpx.train.remat import POLICIES, rematerialized
 
 
@@ -48,6 +49,8 @@ class Step:
         remat: what of the forward pass is computed again in the backward pass, of each layer in a scan: `none`, `dots`
             (all but products), `full`. None leaves that to a plan. A layer with a `jax.checkpoint` of its own is left alone.
         seed: of the key that the loss is given, folded with the step.
+        interleave: how many parts of the layers each stage of a pipeline has (see `kpx.train.pipeline`).
+        mesh: where the layers are in stages along its axis `pipeline`; a plan gives it.
 
     Raises:
         ConfigError: `microbatches` or `remat` is not one that there is.
@@ -59,6 +62,8 @@ class Step:
     microbatches: int | None = 1
     remat: str | None = "none"
     seed: int = 0
+    interleave: int = 1
+    mesh: Any = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if self.remat is not None and self.remat not in POLICIES:
@@ -97,7 +102,28 @@ class Step:
         told = {name: jnp.asarray(number, jnp.float32) for name, number in told.items()}
         return State(state.step + 1, params, carried, optimizer), told
 
+    def along(self, mesh: Any) -> Step:
+        """The same step, its layers in stages along a mesh's axis `pipeline`."""
+        return dataclasses.replace(self, mesh=mesh)
+
+    def _pipelined(self, params: Any, carried: Any, batch: Any, key: jax.Array) -> tuple:
+        if jax.tree.leaves(carried):
+            raise ConfigError(
+                "A pipeline cannot carry what the forward pass writes (BatchNorm's statistics, streams of random numbers), since "
+                "microbatches are under way at once. Train it with another plan."
+            )
+
+        def loss(params, batch):
+            value, (_, metrics) = self.loss(params, carried, batch, key)
+            return value, metrics
+
+        found = Pipelined(loss, self.mesh, self.microbatches or 1, self.interleave)
+        (value, metrics), gradient = found(params, batch)
+        return value, gradient, carried, metrics
+
     def _gradient(self, params: Any, carried: Any, batch: Any, key: jax.Array) -> tuple:
+        if self.mesh is not None:
+            return self._pipelined(params, carried, batch, key)
         loss = rematerialized(self.loss, self.remat or "none")
         gradient = jax.value_and_grad(loss, has_aux=True)
         count = self.microbatches or 1

@@ -51,7 +51,7 @@ class Trainer:
         loss: of a module, `(call, batch) -> loss`; see `adapted` for what it is by default.
         params: of a loss in JAX, its parameters.
         plan: `auto`; sizes of axes to keep, as `{"fsdp": 8}`; or a `kpx.Plan` of such a step.
-        clip, microbatches, remat, seed: see `Step`; None for microbatches or remat leaves them to the plan.
+        clip, microbatches, remat, interleave, seed: see `Step`; microbatches and remat are left to the plan by default.
         config: what kpx may do, precision included: weights stay as they are given, products are lowered.
         checkpoints: a folder; without, nothing is saved. A trainer goes on from the last whole one in it.
         save_every: how many steps lie between checkpoints.
@@ -72,8 +72,9 @@ class Trainer:
         params: Any = None,
         plan: str | Mapping[str, int] | Plan = "auto",
         clip: float | None = None,
-        microbatches: int | None = 1,
-        remat: str | None = "none",
+        microbatches: int | None = None,
+        remat: str | None = None,
+        interleave: int = 1,
         seed: int = 0,
         config: Config | None = None,
         checkpoints: str | os.PathLike | None = None,
@@ -85,7 +86,7 @@ class Trainer:
         initialize()
         self.config = resolve(config)
         self._model = adapted(model, loss, params)
-        self.step = Step(self._model.loss, optimizer, clip, microbatches, remat, seed)
+        self.step = Step(self._model.loss, optimizer, clip, microbatches, remat, seed, interleave)
         if isinstance(plan, str) and plan != "auto":
             raise ConfigError(
                 f"`plan={plan!r}` is not known. It is 'auto', sizes of axes as {{'fsdp': 8}}, or a kpx.Plan."

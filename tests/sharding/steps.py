@@ -7,7 +7,7 @@ import optax
 
 from bench import llama
 
-SMALL = llama.Sizes(width=64, hidden=128, layers=3, heads=8, kv_heads=4, vocabulary=256)
+SMALL = llama.Sizes(width=64, hidden=128, layers=4, heads=8, kv_heads=4, vocabulary=256)
 OPTIMIZER = optax.adamw(1e-3)
 
 
