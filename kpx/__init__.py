@@ -36,6 +36,7 @@ from kpx.observe.validate import bisect, validate
 from kpx.runtime.compiled import Compiled
 from kpx.sharding.plan import Plan, plan
 from kpx.tuning import tune
+from kpx.unmodified import everywhere
 
 __all__ = [
     "Buckets",
@@ -61,6 +62,7 @@ __all__ = [
     "bisect",
     "compare",
     "compile",
+    "everywhere",
     "explain",
     "fusion",
     "jit",

@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     _launch_options(
         command("launch", _launch, "start a training script's processes: here, under SLURM, or as a JobSet")
     )
+    program = command("run", _run, "run a JAX program that never heard of kpx, with every jax.jit of it optimized")
+    program.add_argument("--precision", help="as Config(precision=...): bf16, say")
+    program.add_argument("program", nargs=argparse.REMAINDER, help="script.py and its arguments, or -- -m module ...")
     discover = command("discover", _discover, "what a function computes over and over that no fusion pattern takes")
     discover.add_argument("function", help="package.module:function")
     discover.add_argument(
@@ -294,6 +297,21 @@ def _track(options: argparse.Namespace, progress: Console) -> tuple[Any, Callabl
         track_report.plot(history, worst.name, worst.metric, report.machine, options.plot)
     result = {"ok": not report.fails(options.fail_on), **track_report.to_dict(report)}
     return result, lambda console, _: console.print(track_report.as_table(report))
+
+
+def _run(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:
+    from kpx.config import Config
+    from kpx.unmodified import run
+
+    given = options.program[1:] if options.program[:1] == ["--"] else options.program
+    if not given or given == ["-m"]:
+        raise ConfigError("`run` was given no program. Write `kpx run train.py ...`.")
+    told = run(given, Config(precision=options.precision))
+    text = (
+        f"kpx: {told.modules} modules rewritten, {told.left} left as they were, {sum(told.rewrites.values())} rewrites."
+    )
+    progress.print(text, highlight=False)
+    return {"ok": True, **dataclasses.asdict(told)}, lambda console, _: None
 
 
 def _discover(options: argparse.Namespace, progress: Console) -> tuple[Any, Callable]:

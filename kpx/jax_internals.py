@@ -5,7 +5,9 @@ Written for jax 0.10.2 to 0.11, and tested against what it replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,8 @@ from jax._src.cudnn import fused_attention_stablehlo as _cudnn
 from jax._src.interpreters import pxla as _pxla
 from jax._src.lib import _jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from kpx.errors import UnsupportedError
 
 
 def is_tracing() -> bool:
@@ -361,3 +365,38 @@ def scans_of(jaxpr: Any) -> list[Any]:
 def body_of(scan: Any) -> Callable:
     """A scan's body, `(*constants, *carry, *slices) -> [*carry, *slices]`."""
     return _core.jaxpr_as_fun(scan.params["jaxpr"])
+
+
+_COMPILES = ("backend", "computation", "devices", "compile_options", "host_callbacks", "executable_devices")
+
+
+@contextlib.contextmanager
+def before_compiling(change: Callable[[Any, Any], dict[str, Any]]) -> Iterator[None]:
+    """Has a function change every module that JAX compiles in this process, in place, while this is open.
+
+    Args:
+        change: `(module, device) -> options`, options for XLA beside JAX's own.
+
+    Raises:
+        UnsupportedError: this JAX compiles in a way that is not known.
+    """
+    original = _compiler.compile_or_get_cached
+    names = tuple(inspect.signature(original).parameters)
+    if names[: len(_COMPILES)] != _COMPILES:
+        raise UnsupportedError(
+            f"JAX {jax.__version__} compiles in a way that kpx does not know: `compile_or_get_cached` takes {', '.join(names)}. Use "
+            "`kpx.jit` in the program, or a JAX from 0.10.2 on and below 0.12."
+        )
+
+    def compiled(backend, computation, devices, compile_options, *rest, **named):
+        options = change(computation, devices.flat[0])
+        if options:
+            held = compile_options.env_option_overrides
+            compile_options.env_option_overrides = [*held, *((k, v) for k, v in options.items() if k not in dict(held))]
+        return original(backend, computation, devices, compile_options, *rest, **named)
+
+    _compiler.compile_or_get_cached = compiled
+    try:
+        yield
+    finally:
+        _compiler.compile_or_get_cached = original

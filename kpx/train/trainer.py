@@ -50,6 +50,7 @@ class Trainer:
         optimizer: an optax transformation.
         loss: of a module, `(call, batch) -> loss`; see `adapted` for what it is by default.
         params: of a loss in JAX, its parameters.
+        target: the machine; by default JAX's devices here. One that is not here can be planned for (`planned`), and not trained on.
         plan: `auto`; sizes of axes to keep, as `{"fsdp": 8}`; or a `kpx.Plan` of such a step.
         clip, microbatches, remat, interleave, seed: see `Step`; microbatches and remat are left to the plan by default.
         config: what kpx may do, precision included: weights stay as they are given, products are lowered.
@@ -70,6 +71,7 @@ class Trainer:
         *,
         loss: Callable | None = None,
         params: Any = None,
+        target: str | Target | None = None,
         plan: str | Mapping[str, int] | Plan = "auto",
         clip: float | None = None,
         microbatches: int | None = None,
@@ -92,6 +94,7 @@ class Trainer:
                 f"`plan={plan!r}` is not known. It is 'auto', sizes of axes as {{'fsdp': 8}}, or a kpx.Plan."
             )
         self._asked = plan
+        self._target = Target.resolve(target, may_be_absent=True)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, keep=keep)
         self._save_every, self._log_every, self._hang_seconds = save_every, log_every, hang_seconds
         self.plan: Plan | None = None
@@ -127,6 +130,22 @@ class Trainer:
             stop.close()
             if self._checkpoints is not None:
                 self._checkpoints.wait()
+
+    def planned(self, batch: Any) -> Plan:
+        """The plan for batches like this one. `kpx.compile(plan.apply(trainer.step), *plan.specs, target=plan.target)` asks its
+        target's compiler, wherever that is.
+
+        Raises:
+            PlanError: nothing fits the target.
+        """
+        if isinstance(self._asked, Plan):
+            return self._asked
+        spec = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)), batch
+        )
+        like = jax.eval_shape(self.step.start, self._model.params, self._model.carried)
+        fixed = {} if isinstance(self._asked, str) else dict(self._asked)
+        return plan(self.step, like, spec, target=self._target, fixed=fixed, config=self.config, confirm=0)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives the folder of checkpoints up."""
@@ -165,11 +184,9 @@ class Trainer:
         """Plans, compiles, and puts the state where the plan has it: the start, or the last checkpoint."""
         if self.state is not None:
             return
-        spec = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)), batch
-        )
         like = jax.eval_shape(self.step.start, self._model.params, self._model.carried)
-        self.plan = self._planned(like, spec)
+        Target.resolve(self._target)  # which must be here
+        self.plan = self.planned(batch)
         self._run = self.plan.apply(self.step, config=self.config)
         at = self.plan.placed()
         self._batch_at = at[1]
@@ -182,13 +199,6 @@ class Trainer:
         start = jax.jit(self.step.start, out_shardings=at[0])
         put = jax.tree.map(_put, (self._model.params, self._model.carried), (at[0].params, at[0].carried))
         self.state = start(*put)
-
-    def _planned(self, like: State, spec: Any) -> Plan:
-        if isinstance(self._asked, Plan):
-            return self._asked
-        fixed = {} if isinstance(self._asked, str) else dict(self._asked)
-        target = Target.resolve(None)
-        return plan(self.step, like, spec, target=target, fixed=fixed, config=self.config, confirm=0)
 
     def _placed(self, batch: Any) -> Any:
         return jax.tree.map(_put, batch, self._batch_at)
