@@ -59,8 +59,10 @@ wheel-test: .venv/.installed .plugins/.installed
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[test]"
 	outside=$$(mktemp -d) && cp -r tests bench pyproject.toml $$outside && cd $$outside && \
-	  $(CURDIR)/.venv-wheel/bin/$(PYTEST) tests/test_*.py tests/bridges tests/hardware tests/observe tests/runtime \
-	  tests/kernels/test_kernels.py tests/kernels/test_mkl.py -m "not models and not slow" -p no:cacheprovider && \
+	  $(CURDIR)/.venv-wheel/bin/$(PYTEST) tests/test_[a-f]*.py tests/test_[h-z]*.py tests/bridges/test_flax.py \
+	  tests/bridges/test_torch_doors.py tests/bridges/test_torch_module.py tests/hardware tests/observe \
+	  tests/runtime/test_absent.py tests/runtime/test_programs.py tests/kernels/test_kernels.py tests/kernels/test_mkl.py \
+	  tests/train/test_trainer.py -m "not models and not slow" -p no:cacheprovider && \
 	  rm -rf $$outside
 
 clean:

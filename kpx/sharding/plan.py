@@ -216,7 +216,10 @@ class _Planner:
         found.sort(key=lambda pair: search.order(pair[0], self.goal))
         if not found[0][0].fits:
             raise PlanError(self._nothing_fits(found))
-        plans = [self._plan_of(c, dims) for c, dims in found[: _KEPT + 1]]
+        first: dict[str, tuple[search.Candidate, Dims]] = {}  # of each mesh
+        for candidate, dims in found:
+            first.setdefault(f"{candidate.mesh} {candidate.variant}", (candidate, dims))
+        plans = [self._plan_of(c, dims) for c, dims in list(first.values())[: _KEPT + 1]]
         chosen, refused = self._confirmed(plans, confirm)
         runners = tuple(p for p in plans if p.mesh != chosen.mesh or p.variant != chosen.variant)
         return dataclasses.replace(chosen, runners_up=runners, remarks=(*chosen.remarks, *refused))

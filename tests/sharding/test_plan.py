@@ -105,7 +105,13 @@ _needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's 
 @_needs_cuda
 @pytest.mark.parametrize(
     "fixed",
-    [{"fsdp": 16}, {"tensor": 4}, {"data": 4, "fsdp": 4}, {"data": 2, "fsdp": 2, "context": 2, "tensor": 2}],
+    [
+        {"data": 2, "fsdp": 2, "context": 2, "tensor": 2},
+        *(
+            pytest.param(fixed, marks=pytest.mark.slow)
+            for fixed in ({"fsdp": 16}, {"fsdp": 4, "tensor": 4}, {"data": 4, "fsdp": 4}, {"context": 16})
+        ),
+    ],
     ids=lambda fixed: "-".join(f"{a}{n}" for a, n in fixed.items()),
 )
 def test_a_compiled_plans_exchanges_are_those_foreseen(fixed):

@@ -47,13 +47,14 @@ def alone():
     return _launched("auto", "", processes=1)[0]
 
 
+@pytest.mark.slow
 def test_processes_train_to_the_losses_of_one_device(alone):
     found, _ = _launched('{"fsdp": 2}', "")
     np.testing.assert_allclose([found[n] for n in sorted(found)], [alone[n] for n in sorted(alone)], atol=1e-4)
     assert len(found) == 12
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_costs_nothing_of_the_loss_curve(alone, tmp_path, seed):
     rng = np.random.default_rng(seed)
     death = f"{rng.integers(2)}:{rng.integers(2, 13)}"
@@ -63,12 +64,14 @@ def test_a_process_that_is_killed_costs_nothing_of_the_loss_curve(alone, tmp_pat
     np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_fewer_processes_where_it_may(alone, tmp_path):
     found, done = _launched("auto", tmp_path, "1:7", options=["--elastic", "1"])
     assert "Starting again with 1 processes" in done.stderr
     np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_saves_and_ends(tmp_path):
     command = _command('{"fsdp": 2}', tmp_path, steps=100_000)
     with subprocess.Popen(
@@ -134,3 +137,23 @@ def test_a_cluster_without_a_target_is_an_error(capsys):
 
     assert main(["launch", "--cluster", "slurm", "train.py"]) == 1
     assert "needs `--target`" in capsys.readouterr().err
+
+
+KINDS = ({"data": 8}, {"fsdp": 8}, {"data": 2, "tensor": 4}, {"context": 8}, {"pipeline": 4, "data": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", KINDS, ids=lambda plan: "-".join(plan))
+def test_four_processes_of_two_devices_train_each_kind_of_plan_to_the_same_losses(alone, plan):
+    found, _ = _launched(json.dumps(plan), "", processes=4, devices=2)
+    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_it_goes_on_from_eight_devices_on_four_and_back(alone, tmp_path):
+    found = {}
+    for devices, plan, steps in ((2, '{"fsdp": 8}', 4), (1, '{"tensor": 4}', 8), (2, '{"data": 4, "fsdp": 2}', 12)):
+        some, _ = _launched(plan, tmp_path, processes=4, devices=devices, steps=steps)
+        assert min(some) == len(found) + 1
+        found |= some
+    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
