@@ -75,7 +75,7 @@ def _structs(function: Callable, tensors: Sequence[torch.Tensor]) -> list[torch.
 
 
 def _computed(function: Callable, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    device = jax.devices("cpu")[0]
+    device = jax.local_devices(backend="cpu")[0]
     with jax.enable_x64(True):
         results = jax.jit(function)(*(to_array(t.detach(), device) for t in tensors))
     return [to_tensor(r).clone() for r in results]

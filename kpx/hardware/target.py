@@ -160,8 +160,10 @@ class Target:
 
     @property
     def device(self) -> jax.Device:
-        """The first of its devices; the CPU, where functions are traced, for a target that is not here."""
-        return _devices(self.platform)[0] if self.is_present else jax.devices("cpu")[0]
+        """The first of its devices that is this process's; the CPU, where functions are traced, for a target that is not
+        here."""
+        there = _devices(self.platform) if self.is_present else jax.local_devices(backend="cpu")
+        return next((d for d in there if d.process_index == jax.process_index()), there[0])
 
     @property
     def device_kind(self) -> str:

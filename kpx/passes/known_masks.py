@@ -125,7 +125,7 @@ def _evaluate(module: ir.Module, values: list[Value]) -> list[np.ndarray]:
             for op in _needed(module, values):
                 new.update(zip(op.results, m.clone(op, new).results, strict=True))
             func.ReturnOp([new[v] for v in values])
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # of this process
         return [np.asarray(a) for a in call_module(alone)()]
 
 
