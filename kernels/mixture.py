@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kpx.errors import InputError
+from kpx.kernels import mixture_split
 from kpx.kernels.grouped_matmul import grouped_matmul
 from kpx.kernels.linear import ACTIVATIONS
 
@@ -32,17 +33,35 @@ def mixture_of_experts(x, logits, gate, up, down, *, top_k: int, activation: str
         InputError: shapes or dtypes do not go together, or there are fewer experts than `top_k`.
     """
     _check(x, logits, (gate, up, down), top_k, activation)
+    options = {"top_k": top_k, "activation": activation, "normalized": normalized}
+    spread = mixture_split.around(x)
+    if spread == mixture_split.PLANNED:
+        return mixture_split.planned(x, logits, gate, up, down, top_k=top_k)
+    if isinstance(spread, mixture_split.Spread):
+        return mixture_split.split(_mixed, spread, x, logits, gate, up, down, **options)
+    return _mixed(x, logits, gate, up, down, **options)
+
+
+def _mixed(x, logits, gate, up, down, *, top_k, activation, normalized, parts=1, axis=None):
+    """See `mixture_of_experts`; with an axis, of the rows and the experts of one of so many devices along it."""
     rows, experts = x.reshape(-1, x.shape[-1]), logits.shape[-1]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights, chosen = jax.lax.top_k(jax.nn.softmax(logits.reshape(-1, experts).astype(wide)), top_k)
     if normalized:
         weights = weights / jnp.sum(weights, -1, keepdims=True)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
-    sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), experts, dtype=jnp.int32), 0, dtype=jnp.int32)
     routed = rows[order // top_k]
-    inner = ACTIVATIONS[activation](grouped_matmul(routed, gate, sizes).astype(wide))
-    inner = (inner * grouped_matmul(routed, up, sizes)).astype(x.dtype)
-    found = grouped_matmul(inner, down, sizes)
+
+    def by_experts(routed, sizes):
+        inner = ACTIVATIONS[activation](grouped_matmul(routed, gate, sizes).astype(wide))
+        inner = (inner * grouped_matmul(routed, up, sizes)).astype(x.dtype)
+        return grouped_matmul(inner, down, sizes)
+
+    if axis is None:
+        sizes = jnp.sum(jax.nn.one_hot(chosen.reshape(-1), experts, dtype=jnp.int32), 0, dtype=jnp.int32)
+        found = by_experts(routed, sizes)
+    else:
+        found = mixture_split.exchanged(routed, chosen.reshape(-1)[order], experts, parts, axis, by_experts)
     back = found[jnp.argsort(order)].reshape(-1, top_k, x.shape[-1])  # as it was before it was sorted
     return jnp.sum(back * weights[..., None], 1).astype(x.dtype).reshape(x.shape)
 

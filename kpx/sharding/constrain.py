@@ -45,7 +45,9 @@ def constrain(module: ir.Module, roles: Roles, layout_on: Callable[[Dims], Layou
                     first = [made] if op.kind in ("gather", "scatter") and made != layout.of(value) else []
                     wanted += [(None, value, sharding) for sharding in [layout.of(value), *first]]
     # What is given back lies as it did: a compiler would choose for itself.
-    wanted += [(None, graph.returned[place], layout.of(graph.returned[place])) for place in roles.becomes]
+    for place, became in zip(roles.state, roles.becomes, strict=True):
+        if graph.shapes[graph.returned[became]]:
+            wanted.append((None, graph.returned[became], layout.of(graph.arguments[place])))
     done: dict[tuple[int, Sharding, bool], Any] = {}
     with module.context, ir.Location.unknown():
         for op, value, sharding in wanted:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kpx.sharding.plan import Plan
 
+_NAMED = 6  # of what an axis splits, so many are named
 _DOES = {
     "data": "splits the batch; weights are whole on each, gradients are summed over it",
     "fsdp": "splits the batch, and stores weights and the optimizer's state in parts, gathered where they are used",
@@ -55,8 +56,9 @@ def _split(plan: Plan, axis: str) -> str:
     import jax
 
     named = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(plan.specs)]
-    found = [f"{named[place]} along {d}" for (place, d), axes in plan.split.items() if axis in axes]
-    return f" ({', '.join(found)})" if found else ""
+    state = set(plan.roles.state)
+    found = [f"{named[p]} along {d}" for (p, d), axes in plan.split.items() if axis in axes and p in state]
+    return f" ({', '.join(found[:_NAMED])}{', ...' if len(found) > _NAMED else ''})" if found else ""
 
 
 def text(plan: Plan) -> str:

@@ -7,6 +7,7 @@ read into plain Python, so that one layout after another can be priced in millis
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 from kpx.ir import cost
 from kpx.ir import module as m
 from kpx.ir.module import ir
+from kpx.kernels import mixture_split
 
 FUSED = "kpx.fused"
 """An attribute of operations that a kernel computes together: nothing between them is written to memory."""
@@ -221,6 +223,13 @@ class _Reader:
         if FUSED in attributes:
             group = attributes[FUSED].value + 1_000_000
         flops = cost.product_flops([op]) if kind in ("dot_general", "convolution", "ragged_dot") else 0.0
+        if kind == "custom_call" and op.call_target_name.value in MIXTURES:
+            kind, top_k = (
+                MIXTURES[op.call_target_name.value],
+                m.dictionary(attributes["mhlo.backend_config"])["top_k"].value,
+            )
+            shapes = [graph.shapes[v] for v in operands]
+            rule, flops = _mixture_rule(shapes, kind), _mixture_flops(shapes, top_k, kind)
         element = graph.elements[operands[0]] if operands else ""
         graph.ops.append(Op(kind, operands, results, rule, region, flops, element, group, m.source_path(op)))
         self.operations.append(op)
@@ -255,6 +264,31 @@ class _Reader:
             graph.regions[here].returned = returned
             if kind != "while" or place == 1:
                 graph.ties += zip(results, returned, strict=True)
+
+
+MIXTURES = {mixture_split.PLANNED: "mixture", mixture_split.PLANNED_GRADIENT: "mixture_gradient"}
+"""Mixtures of experts that stand for themselves (see `kpx.kernels.mixture_split`), and what they are called here."""
+
+
+def _mixture_rule(shapes: Sequence[tuple[int, ...]], kind: str) -> Rule:
+    """Rows are split alike everywhere; of experts each device has some; nothing else of a mixture is split."""
+    lead, (experts, size, width) = shapes[0][:-1], shapes[2]
+    count = len(lead)
+    of_size, of_experts, of_width, of_logits = range(count, count + 4)
+    rows = tuple((f,) for f in range(count))
+    x, logits = (*rows, (of_size,)), (*rows, (of_logits,))
+    gate, down = ((of_experts,), (of_size,), (of_width,)), ((of_experts,), (of_width,), (of_size,))
+    given = (x, logits, gate, gate, down)
+    sizes = (*lead, size, experts, width, experts)
+    whole = frozenset((of_size, of_width, of_logits))
+    if kind == "mixture":
+        return Rule(given, (x,), sizes, frozenset(), whole, frozenset())
+    return Rule((*given, x), given, sizes, frozenset(range(count)), whole, frozenset())
+
+
+def _mixture_flops(shapes: Sequence[tuple[int, ...]], top_k: int, kind: str) -> float:
+    rows, (_, size, width) = math.prod(shapes[0][:-1]) * top_k, shapes[2]
+    return 6.0 * rows * size * width * (1 if kind == "mixture" else 3)  # backward, the inner products once more
 
 
 def _itemsize(element: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,8 +90,12 @@ class Layout:
         return total
 
     def _stored(self, value: int, used: Sharding) -> Sharding:
-        """Beside its use, over the axes of storage: each on the first dimension, by rank, that it divides."""
+        """Beside its use, over the axes of storage: as the argument that it is of lies, where that is given; else each on the
+        first dimension, by rank, that it divides."""
         classes, shape = self.dims.classes[value], self.dims.graph.shapes[value]
+        if (given := self._given_by_classes.get(self._key(value))) is not None:
+            rest = iter(given)
+            return tuple(next(rest) if self._counts(c, n) else () for c, n in zip(classes, shape, strict=True))
         free = [d for d, c in enumerate(classes) if c not in self.dims.stacked and shape[d] > 1]
         free.sort(key=lambda d: (-self.rank(classes[d]), d))
         dims, taken = list(used), {a for axes in used for a in axes}
@@ -103,6 +108,24 @@ class Layout:
                     taken.add(axis)
                     break
         return tuple(dims)
+
+    def _counts(self, dim_class: int, size: int) -> bool:
+        return dim_class not in self.dims.stacked and size > 1
+
+    def _key(self, value: int) -> tuple[int, ...]:
+        """The classes of a value, less those of stacked layers, of which it may be a slice."""
+        shape = self.dims.graph.shapes[value]
+        return tuple(c for c, n in zip(self.dims.classes[value], shape, strict=True) if self._counts(c, n))
+
+    @functools.cached_property
+    def _given_by_classes(self) -> dict[tuple[int, ...], Sharding]:
+        found: dict[tuple[int, ...], Sharding] = {}
+        for value, sharding in self.given.items():
+            shape, classes = self.dims.graph.shapes[value], self.dims.classes[value]
+            counted = [a for a, c, n in zip(sharding, classes, shape, strict=True) if self._counts(c, n)]
+            if value in self.dims.stored and shape:
+                found.setdefault(self._key(value), tuple(counted))
+        return found
 
     def rank(self, dim_class: int) -> float:
         """How many bytes of state have a class: nearly all weights have the model's width."""

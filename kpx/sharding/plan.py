@@ -17,6 +17,7 @@ from kpx.config import Config, resolve
 from kpx.errors import ConfigError, InputError, OutOfMemoryError, PlanError
 from kpx.hardware.target import Target
 from kpx.ir import module as m
+from kpx.kernels import mixture_split
 from kpx.runtime.build import lower_for
 from kpx.sharding import fused, graph, search
 from kpx.sharding.constrain import constrain
@@ -64,6 +65,7 @@ class Plan:
     roles: Roles = field(repr=False)
     split: Mapping[tuple[int, int], Axes] = field(repr=False)
     storage: Axes = field(repr=False)
+    priorities: tuple[Axes, ...] = field(repr=False)
     given: Mapping[int, Sharding] = field(repr=False)
     state_argnums: tuple[int, ...] = field(repr=False)
 
@@ -86,7 +88,23 @@ class Plan:
         varied: Any = step.varied(**self.variant) if hasattr(step, "varied") else step
         if self.mesh.get("pipeline", 1) > 1:
             varied = varied.along(self.device_mesh if self.target.is_present else self._abstract_mesh)
+        else:
+            varied = self._with_experts(varied)
         return jit(varied, target=self.target, config=config, before=self.put_into, **options)
+
+    def _with_experts(self, step: Callable) -> Callable:
+        """The step, whose mixtures of experts are traced for the mesh."""
+        mesh = self.device_mesh if self.target.is_present else self._abstract_mesh
+        rows = tuple(a for a in ("data", "fsdp", "expert") if self.mesh.get(a, 1) > 1)
+        lead = (rows, ("context",)) if self.mesh.get("context", 1) > 1 else (rows,)
+        spread = mixture_split.Spread(mesh, lead, "expert" if "expert" in rows else None)
+
+        @functools.wraps(step, updated=())
+        def spread_step(*arguments):
+            with mixture_split.spread_over(spread):
+                return step(*arguments)
+
+        return spread_step
 
     def placed(self) -> tuple[Any, ...]:
         """`shardings` on the devices that are here, to put arrays with `jax.device_put`.
@@ -121,7 +139,8 @@ class Plan:
             constrain(module, self.roles, self._layout_on, self.target)
 
     def _layout_on(self, dims: Dims) -> Layout:
-        split = {dims.at(place): axes for place, axes in self.split.items()}
+        # In the order of the plan: what comes first has an axis before others do.
+        split = {dims.at(place): axes for axes in self.priorities for place, a in self.split.items() if a == axes}
         given = {dims.graph.arguments[place]: sharding for place, sharding in self.given.items()}
         return Layout(dims, self.mesh, split, self.storage, given)
 
@@ -233,7 +252,11 @@ class _Planner:
 
     def _dims(self, step: Callable) -> Dims:
         # A function of its own, so that JAX does not hand out a module that was rewritten.
-        own = jax.jit(lambda *arguments: step(*arguments), keep_unused=True)
+        def standing(*arguments):
+            with mixture_split.spread_over(mixture_split.PLANNED):
+                return step(*arguments)
+
+        own = jax.jit(standing, keep_unused=True)
         plain = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), self.specs)
         with jax.default_device(self.target.device):
             lowered = lower_for(self.target, own, *plain)
@@ -265,15 +288,20 @@ class _Planner:
             for value in dims.graph.arguments
         ]
         structs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at) for s, at in zip(leaves, shardings, strict=True)]
-        split = {place: axes for c, axes in layout.split.items() if (place := dims.place(c)) is not None}
-        numbers = {value: place for place, value in enumerate(dims.graph.arguments)}
+        # By every place: where the module is read again, experts are apart in what a mixture became.
+        split = {
+            (place, d): layout.split[c]
+            for place, value in enumerate(dims.graph.arguments)
+            for d, c in enumerate(dims.classes[value])
+            if c in layout.split
+        }
         return Plan(
             target=self.target, mesh=candidate.mesh, shardings=jax.tree.unflatten(tree, shardings),
             specs=jax.tree.unflatten(tree, structs), fits=candidate.fits, predicted_seconds=price.seconds,
             memory_per_device_bytes=price.memory_bytes, confirmed=False, collectives=tuple(price.exchanges),
             variant=dict(candidate.variant), runners_up=(), remarks=tuple(self._undivided(layout, dims)), price=price,
-            roles=dims.roles, split=split, storage=layout.storage,
-            given={numbers[v]: s for v, s in layout.given.items()}, state_argnums=self.state_argnums,
+            roles=dims.roles, split=split, storage=layout.storage, priorities=tuple(dict.fromkeys(layout.split.values())),
+            given={place: layout.of(value) for place, value in enumerate(dims.graph.arguments)}, state_argnums=self.state_argnums,
         )  # fmt: skip
 
     def _undivided(self, layout: Layout, dims: Dims) -> list[str]:

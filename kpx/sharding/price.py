@@ -301,6 +301,9 @@ class _Run:
             if any(r in self.p._held for r in op.results):
                 self._moves(op, [layout.bytes(v) for v in (*op.operands, *op.results) if graph.shapes[v]])
             return
+        if op.kind in ("mixture", "mixture_gradient"):
+            self._mixture(number, op)
+            return
         results = [*zip(op.results, rule.results, strict=True)]
         operands = [*zip(op.operands, rule.operands, strict=True)]
         ways = [self._way(op, [*results, *operands])]
@@ -318,6 +321,38 @@ class _Run:
             self._computes(op, layout.parts([a for found in way.axes.values() for a in found]), way.axes)
         if not op.group and (op.flops or any(r in self.p._held for r in op.results)):
             self._moves(op, way.sizes)
+
+    def _mixture(self, number: int, op: Op) -> None:
+        """A mixture of experts: rows lie as they do, and go to their experts and back along the experts' axis."""
+        rule, layout, graph = op.rule, self.layout, self.graph
+        assert rule is not None
+        x, gate = op.operands[0], op.operands[2]
+        of_rows, of_experts = layout.used(x)[:-1], layout.used(gate)[0]
+        axes = {f[0]: a for f, a in zip(rule.operands[0][:-1], of_rows, strict=True)}
+        axes[rule.operands[2][0][0]] = of_experts
+        way = Way(axes)
+        for value, dims in zip(op.operands, rule.operands, strict=True):
+            wanted = _joined(dims, axes)
+            way.operands.append(wanted)
+            self._brought(way, op, value, layout.of(value), wanted)
+        split = tuple(a for found in of_rows for a in found)
+        copies = op.flops / (
+            6.0 * math.prod(graph.shapes[gate][1:]) * math.prod(graph.shapes[x][:-1])
+        )  # top_k, or thrice that
+        if of_experts:
+            sent = layout.bytes(x, _joined(rule.operands[0], axes)) * (copies if op.kind == "mixture" else copies / 3)
+            way.sent += [Sent("all-to-all", of_experts, sent, False)] * 2
+        partial = tuple(a for a in split if a not in of_experts) if rule.reduced else ()
+        for place, (value, dims) in enumerate(zip(op.results, rule.results, strict=True)):
+            made = _joined(dims, axes)
+            way.results.append(made)
+            self._summed(way, value, made, partial if place >= 2 else (), False)
+        self.ways[number] = way
+        self._settle(op, way)
+        self.gathered |= way.gathered
+        self.buffers[number] = sum(way.gathered.values()) + 3 * copies * layout.bytes(x)
+        peak = self.p._peak(_element(op.element)) * _EFFICIENCY
+        self.times[op.region].compute += op.flops / layout.parts(split) / peak
 
     def _way(self, op: Op, order: list, stays: bool = False) -> Way:
         """One way to split an operation: axes go to the factors of the first arrays first.

@@ -82,6 +82,8 @@ def expert_classes(dims: Dims) -> tuple[int, ...]:
     """The dimensions of weights that products go along one by one: experts."""
     found: dict[int, None] = {}
     for op in dims.graph.ops:
+        if op.kind in ("mixture", "mixture_gradient"):
+            found[dims.classes[op.operands[2]][0]] = None
         if op.kind not in ("dot_general", "ragged_dot") or op.rule is None or op.operands[1] not in dims.stored:
             continue
         classes, factors = dims.classes[op.operands[1]], op.rule.operands[1]

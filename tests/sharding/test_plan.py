@@ -167,7 +167,7 @@ def test_a_dimension_that_an_axis_does_not_divide_is_named():
 @pytest.mark.parametrize(
     ("fixed", "says"),
     [
-        ({"model": 2}, "'model'.*axes are 'data', 'fsdp'"),
+        ({"model": 2}, "'model'.*axes are 'pipeline', 'data', 'fsdp'"),
         ({"data": 3}, "3 devices together.*has 16"),
         ({"data": 16, "fsdp": 2}, "32 devices together"),
     ],
