@@ -105,7 +105,7 @@ class Compiler:
             return devices
         if slices > 1 and shape[0] % slices == 0:
             inside, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
-            return list(mesh_utils.create_hybrid_device_mesh(inside, between, devices).flat)
+            return list(np.asarray(_hybrid(inside, between, devices)).flat)
         if slices == 1 and math.prod(shape) == len(devices):
             return list(np.asarray(_physical(shape, devices)).flat)
         return devices
@@ -117,6 +117,14 @@ def _physical(shape: tuple[int, ...], devices: list[jax.Device]) -> Any:
         return mesh_utils.create_device_mesh(shape, devices)
     except NotImplementedError:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _hybrid(inside: tuple[int, ...], between: tuple[int, ...], devices: list[jax.Device]) -> Any:
+    """The same of several slices, which the first axis goes over."""
+    try:
+        return mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+    except NotImplementedError:
+        return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def _forget_peak() -> None:

@@ -20,6 +20,7 @@ AXES = ("pipeline", "data", "fsdp", "context", "expert", "tensor")
 
 _ROWS = ("data", "fsdp", "expert")  # what splits the batch
 _REFINED = 6  # meshes whose tensor axis is tried on other dimensions
+_PER_AXIS = 0.02  # of a step's time, by which a further axis must be faster
 HEADROOM = 0.92  # of a device's memory: compilers keep some, and the estimate may be short
 
 
@@ -125,11 +126,17 @@ def meshes(
         ):
             continue
         over = math.prod(mesh[a] for a in _ROWS)
-        if any(n % over for n in rows) or (slices > 1 and (mesh["data"] % slices and mesh["fsdp"] % slices)):
+        if any(n % over for n in rows) or not _spans(mesh, slices, fixed):
             continue
         if any(n % mesh["context"] for n in columns[:1]):
             continue
         yield {a: n for a, n in mesh.items() if n > 1 or a in fixed} or {"data": 1}
+
+
+def _spans(mesh: Mapping[str, int], slices: int, fixed: Mapping[str, int]) -> bool:
+    """Whether slices are along the outermost axis: one that exchanges little, unless it is asked for."""
+    outermost = next((a for a, n in mesh.items() if n > 1), "data")
+    return slices == 1 or (mesh[outermost] % slices == 0 and (outermost in ("pipeline", "data") or outermost in fixed))
 
 
 def best(
@@ -159,7 +166,13 @@ def order(candidate: Candidate, goal: str) -> tuple:
     price = candidate.price
     if goal == "memory":
         return (not candidate.fits, price.memory_bytes, price.seconds)
-    return (not candidate.fits, price.seconds if candidate.fits else price.memory_bytes, price.memory_bytes)
+    # Of what a model cannot tell apart, the simpler.
+    simplicity = 1 + _PER_AXIS * sum(n > 1 for n in candidate.layout.mesh.values())
+    return (
+        not candidate.fits,
+        price.seconds * simplicity if candidate.fits else price.memory_bytes,
+        price.memory_bytes,
+    )
 
 
 def _refined(pricing: Pricing, target: Target, candidate: Candidate, goal: str) -> Candidate:

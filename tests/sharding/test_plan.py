@@ -129,6 +129,22 @@ def test_a_compiled_plans_exchanges_are_those_foreseen(fixed):
             assert foreseen[kind] == pytest.approx(real[kind], rel=0.1), (kind, foreseen, real)
 
 
+def test_between_slices_gradients_alone_are_exchanged_in_parts():
+    step, given = llama_step(MEDIUM, jnp.bfloat16), specs(MEDIUM, 512, 512)
+    flat, plan = (
+        kpx.plan(step, *given, target="tpu-v5e:16x16*2", fixed=fixed, confirm=0)
+        for fixed in ({"data": 512}, {"data": 2})
+    )
+    whole, parts = (
+        sum(e.bytes * e.count for e in p.collectives if "data" in e.axes and e.bytes > 1000) for p in (flat, plan)
+    )
+    assert plan.mesh == {"data": 2, "fsdp": 256}
+    assert {e.kind for e in plan.collectives if e.axes == ("data",)} == {"all-reduce"}
+    assert parts <= whole / 64  # hosts of a slice
+    free = kpx.plan(step, *given, target="tpu-v5e:16x16*2", confirm=0)
+    assert next(iter(free.mesh)) == "data"
+
+
 def test_shardings_that_arguments_have_are_kept():
     mesh = kpx.Target("tpu-v5e:4x4").mesh(fsdp=8, tensor=2)
     weights, state, tokens = specs()
