@@ -139,7 +139,7 @@ def test_a_cluster_without_a_target_is_an_error(capsys):
     assert "needs `--target`" in capsys.readouterr().err
 
 
-KINDS = ({"data": 8}, {"fsdp": 8}, {"data": 2, "tensor": 4}, {"context": 8}, {"pipeline": 4, "data": 2})
+KINDS = ({"context": 8}, {"pipeline": 4, "data": 2})  # others in the restart over several meshes
 
 
 @pytest.mark.slow
