@@ -120,7 +120,7 @@ def meshes(
     for sizes in itertools.product(*options):
         if math.prod(sizes) != devices:
             continue
-        mesh = dict(zip(AXES, sizes, strict=True))
+        mesh: dict[str, int] = dict(zip(AXES, sizes, strict=True))
         if mesh["pipeline"] > 1 and (
             mesh["pipeline"] * mesh["data"] != devices or any(n % mesh["pipeline"] for n in layers)
         ):
