@@ -101,13 +101,17 @@ def compared(name: str, target: str, batch: int, length: int, by_hand: Any, comp
     return row
 
 
-def run(compiles: bool, progress: Console) -> dict[str, Any]:
-    """All rows, with the machine and versions."""
-    found: dict[str, Any] = {
+def environment() -> dict[str, Any]:
+    """The machine and the versions, as they are written beside what was measured."""
+    return {
         "machine": {"cpu": model(), "cores": len(os.sched_getaffinity(0))},
         "versions": {"jax": jax.__version__, "kpx": kpx.__version__, "python": platform.python_version()},
-        "rows": {},
     }
+
+
+def run(compiles: bool, progress: Console) -> dict[str, Any]:
+    """All rows, with the machine and versions."""
+    found: dict[str, Any] = {**environment(), "rows": {}}
     for case in CASES:
         progress.print(f"{case[0]} on {case[1]}")
         found["rows"][case[0]] = compared(*case, compiles)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -21,11 +20,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
-import kpx
-from kpx.hardware.cpu import model
+from bench.sharding import environment
 from kpx.train.distributed import ATTEMPT, NUMBER
 
 STEPS, SAVE_EVERY = 20, 4
@@ -82,8 +79,7 @@ def run(repetitions: int, processes: int) -> dict[str, Any]:
         print(f"repetition {seed}: process and step {death}, {starts} starts, losses within {far:.1e}", file=sys.stderr)
     scaling = {str(n): statistics.median(launched(n)[1][2:]) for n in (1, 2, 4)}
     return {
-        "machine": {"cpu": model(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {"jax": jax.__version__, "kpx": kpx.__version__, "python": platform.python_version()},
+        **environment(),
         "repetitions": rows,
         "scaling": {n: scaling["1"] / taken for n, taken in scaling.items()},
     }

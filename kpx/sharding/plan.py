@@ -378,11 +378,12 @@ class _Planner:
 
     def _least_devices(self, dims: Dims) -> int | None:
         """The least number of such devices that would hold the step, of the target's times powers of two."""
-        pricing = Pricing(dims, dataclasses.replace(self.target)) if self.target.spec else None
-        for factor in (2, 4, 8, 16, 32, 64) if pricing else ():
+        if self.target.spec is None:
+            return None
+        pricing, has = Pricing(dims, self.target), search.HEADROOM * search.memory(self.target)
+        for factor in (2, 4, 8, 16, 32, 64):
             for mesh in search.meshes(dims, self.devices * factor, {}):
-                layout = search.layouts(dims, mesh)
-                if pricing.memory(layout) <= search.HEADROOM * search.memory(self.target):  # type: ignore[union-attr]
+                if pricing.memory(search.layouts(dims, mesh)) <= has:
                     return self.devices * factor
         return None
 

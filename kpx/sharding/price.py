@@ -233,6 +233,8 @@ class _Time:
 
 @dataclass(frozen=True)
 class Sent:
+    """What one operation sends, as `Exchange` has it; `is_sum`: it makes a sum of parts, which may wait for others."""
+
     kind: str
     axes: Axes
     bytes: float

@@ -59,7 +59,7 @@ def layouts(
     if mesh.get("expert", 1) > 1:
         split |= dict.fromkeys(experts, ("expert",))
     if mesh.get("tensor", 1) > 1:
-        split |= {c: ("tensor",) for c in chosen if c not in split}  # type: ignore[misc]
+        split |= dict.fromkeys((c for c in chosen if c not in split), ("tensor",))
     rows = tuple(a for a in mesh if a in _ROWS)
     split |= dict.fromkeys(dims.rows, rows)
     if mesh.get("context", 1) > 1:

@@ -13,10 +13,12 @@ import socket
 import time
 import uuid
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from kpx.errors import CheckpointError, CheckpointWarning
 from kpx.train.distributed import JOB
@@ -76,12 +78,11 @@ class Checkpoints:
             if refused:
                 warnings.warn(
                     f"Checkpoints in `{self.folder}` cannot be read: {', '.join(refused)}. That of step {step} is used instead; "
-                    "those are deleted.",
+                    "those are kept beside it, as `*.unreadable`.",
                     CheckpointWarning,
                     stacklevel=2,
                 )
-                for later in [s for s in self._manager.all_steps() if s > step]:
-                    self._manager.delete(later)
+                self._set_aside([later for later in self._manager.all_steps() if later > step])
             return step, found["state"], dict(found["told"])
         if refused:
             raise CheckpointError(
@@ -89,6 +90,16 @@ class Checkpoints:
                 "in another."
             )
         return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames checkpoints, so that their steps can be saved again and nothing is lost."""
+        if jax.process_index() == 0:
+            for step in steps:
+                old = self.folder / str(step)
+                old.rename(self.folder / f"{step}.{time.time():.0f}.unreadable")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("kpx.checkpoints.set_aside")
+        self._manager.reload()
 
     def _check(self, step: int, like: Any) -> None:
         """Raises where a checkpoint is readable, and of another state."""

@@ -88,9 +88,11 @@ def devices() -> list[dict[str, Any]]:
     """Power (W) and temperature (degrees Celsius) of this host's GPUs; nothing where the platform does not tell."""
     try:
         import pynvml
-
+    except ImportError:
+        return []
+    try:
         pynvml.nvmlInit()
-    except Exception:  # the package, the driver or the device may be missing, each with an error of its own
+    except pynvml.NVMLError:  # no driver, or no device
         return []
     found = []
     for n in range(pynvml.nvmlDeviceGetCount()):

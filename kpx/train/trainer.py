@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +214,7 @@ def _put(array: Any, sharding: Any) -> jax.Array:
 class _Stream:
     """Batches, and where they are."""
 
-    def __init__(self, batches: Iterator, first: Any | None):
+    def __init__(self, batches: Any, first: Any | None):
         self._batches, self._first = batches, first
 
     def next(self) -> Any | None:
@@ -227,17 +227,17 @@ class _Stream:
         """What a checkpoint keeps of them."""
         told: dict[str, Any] = {"step": step}
         if hasattr(self._batches, "get_state"):
-            given = self._batches.get_state()  # type: ignore[attr-defined]
+            given = self._batches.get_state()
             told["data"] = given.decode() if isinstance(given, bytes) else given
         return told
 
 
-def _resumed(data: Iterable, batches: Iterator, first: Any, start: int, told: Mapping[str, Any]) -> _Stream:
+def _resumed(data: Iterable, batches: Any, first: Any, start: int, told: Mapping[str, Any]) -> _Stream:
     """Batches from where a checkpoint left them."""
     if start == 0:
         return _Stream(batches, first)
     if "data" in told and hasattr(batches, "set_state"):
-        batches.set_state(told["data"])  # type: ignore[attr-defined]
+        batches.set_state(told["data"])
         return _Stream(batches, None)
     for _ in range(start - 1):
         if next(batches, None) is None:

@@ -78,6 +78,8 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, damage):
         ended = second.fit(_batches(), 6)
     second.close()
     np.testing.assert_allclose(list(ended.losses.values()), _by_hand(6)[2:], rtol=1e-4)
+    assert len(list(tmp_path.glob("4.*.unreadable"))) == 1  # nothing is lost
+    assert (tmp_path / "4").is_dir()  # saved again
 
 
 def test_another_models_checkpoint_is_refused_and_left(tmp_path):
