@@ -38,6 +38,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m kpx.passes.skeletons --check
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -80,5 +81,14 @@ def write() -> None:
     FILE.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
+def are_of_these_sources() -> bool:
+    """Whether the file was written from these sources; of another JAX's file nothing can be said."""
+    written = json.loads(gzip.decompress(FILE.read_bytes()))["written from"]
+    return not written.startswith(f"jax {jax.__version__},") or written == written_from()
+
+
 if __name__ == "__main__":
-    write()
+    if "--check" not in sys.argv:
+        write()
+    elif not are_of_these_sources():
+        sys.exit("skeletons.json.gz is of other sources: run `make skeletons` and commit it")
