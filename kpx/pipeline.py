@@ -33,6 +33,7 @@ from kpx.passes import (
     rolled,
 )
 from kpx.passes.composites import Device
+from kpx.passes.shardings import drop_open
 from kpx.precision import Budget, Policy, policy
 
 
@@ -95,6 +96,13 @@ def rewriting(
 def mlir(passes: str) -> Callable[[ir.Module, Context], None]:
     """A stage's body that runs MLIR's own passes."""
     return lambda module, context: m.run_passes(module, passes)
+
+
+def inline(module: ir.Module, context: Context) -> None:
+    """A stage's body that takes calls apart, and what would stand between a partitioned module's operations."""
+    m.inline_calls(module)
+    if m.partitions(module) > 1:
+        drop_open(module)
 
 
 def choose_products(module: ir.Module, context: Context) -> None:
@@ -243,7 +251,7 @@ def stages(context: Context) -> list[Stage]:
         Stage("choose products", choose_products) if on_cpu else Stage("fold transposes", rewriting(canonicalize.LAST))
     )
     return [
-        Stage("inline", lambda module, context: m.inline_calls(module)),
+        Stage("inline", inline),
         Stage("find layers", find_layers),
         # A decomposition that many ops share is canonicalized once, before it takes the place of each.
         Stage(

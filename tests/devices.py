@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 
-def on_four(source: str) -> None:
+def on_four(source: str, *arguments: str) -> None:
     """Runs a script where JAX has four CPU devices; it must end by printing "the same"."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *(p for p in sys.path if p)]),
     }
-    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "the same", done.stderr[-2000:]
+    done = subprocess.run(
+        [sys.executable, "-c", source, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines()[-1:] == ["the same"], done.stderr[-2000:]

@@ -85,7 +85,11 @@ def fuse(
         replaced: dict[Value, Value] = {}
         for match in _described(module, sorted(matches(module, device, disabled), key=lambda m: -m.gain)):
             touched = {r for op in match.ops for r in op.results if not is_free(op)}
-            spread = None if shardings is None else spread_of(match.base, match.inputs, shardings)
+            spread = (
+                None
+                if shardings is None
+                else spread_of(match.base, match.inputs, m.producer(match.outputs[0]), shardings)
+            )
             if touched & taken or (shardings is not None and spread is None):
                 continue
             if not _may_be_used(match, device, report, spread, {} if chosen is None else chosen):

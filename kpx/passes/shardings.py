@@ -15,6 +15,15 @@ Sharding: TypeAlias = tuple[Axes, ...]
 _NUMBER = "kpx.number"
 
 
+def drop_open(module: ir.Module) -> None:
+    """Takes off, in place, constraints that leave every dimension open: JAX puts one on each value of a `shard_map` that is manual
+    along some axes alone, where no pattern would be found between them."""
+    for op in [op for op in m.walk(module.operation) if op.operation.name == "sdy.sharding_constraint"]:
+        if not re.search(r"\{\}|[\"}]", str(op.operation.attributes["sharding"]).replace("{?}", "")):
+            op.operation.results[0].replace_all_uses_with(op.operation.operands[0])
+            op.operation.erase()
+
+
 class Shardings:
     """What Shardy's propagation gives, on a copy of a module: XLA partitions by the same.
 
@@ -34,7 +43,7 @@ class Shardings:
         """A value's sharding; None where it has none that is told by whole axes, is an argument of a loop's body, or is one
         device's already (in a `shard_map`)."""
         op = m.producer(value)
-        if op is not None and _is_manual(op):
+        if op is not None and not self.mesh_around(op):
             return None
         if op is not None:
             known = self._of_ops.get(self._numbers.get(op.results[0], -1))
@@ -44,6 +53,11 @@ class Shardings:
             is_main = ir.BlockArgument(value).owner.owner.operation.name == "func.func"
             found = self._of_arguments[number] if is_main and number < len(self._of_arguments) else None
         return found if found is not None and len(found) == m.rank(value) else None
+
+    def mesh_around(self, op: Any) -> dict[str, int]:
+        """The axes that an operation's values may be split over: all but those of manual computations around it."""
+        manual = _manual_axes(op)
+        return {a: n for a, n in self.mesh.items() if a not in manual}
 
     def _propagate(self, module: ir.Module) -> None:
         integer = ir.IntegerType.get_signless(64, module.context)
@@ -64,13 +78,14 @@ class Shardings:
             self._of_arguments += _parsed(stated["sdy.sharding"])[:1] if "sdy.sharding" in stated else [None]
 
 
-def _is_manual(op: Any) -> bool:
+def _manual_axes(op: Any) -> set[str]:
+    found: set[str] = set()
     parent = op.operation.parent
     while parent is not None and parent.operation.name not in ("func.func", "builtin.module"):
         if parent.operation.name == "sdy.manual_computation":
-            return True
+            found.update(re.findall(r'"([^"]+)"', str(parent.operation.attributes["manual_axes"])))
         parent = parent.operation.parent
-    return False
+    return found
 
 
 def _parsed(attribute: Any) -> list[Sharding | None]:

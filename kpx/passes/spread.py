@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from kpx.ir import module as m
@@ -33,11 +34,13 @@ class Spread:
         mesh: names and sizes of all axes.
         axes: by letter of `Pattern.parallel`, the axes.
         letters: those of each array, "." for a dimension of size 1 of a constant one, which is broadcast; and of the result.
+        groups: how many such meshes there are, one after another, under a manual computation of each.
     """
 
     mesh: tuple[tuple[str, int], ...]
     axes: tuple[tuple[str, Axes], ...]
     letters: tuple[str, ...]
+    groups: int = 1
 
     def spec(self, letters: str) -> PartitionSpec:
         """How an array with these letters is split."""
@@ -67,10 +70,17 @@ class Spread:
         return PartitionSpec(tuple(a for _, axes in self.axes for a in axes))
 
 
-def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -> Spread | None:
-    """How a pattern that was found is split; None where it is not, or not along independent dimensions alone."""
+def spread_of(pattern: Pattern, inputs: Sequence[Value], around: Any, shardings: Shardings) -> Spread | None:
+    """How a pattern that was found is split; None where it is not, or not along independent dimensions alone.
+
+    Args:
+        around: an operation beside it.
+    """
     if not pattern.parallel:
         return None
+    mesh = shardings.mesh_around(around)
+    if [*shardings.mesh][len(shardings.mesh) - len(mesh) :] != [*mesh]:
+        return None  # groups' devices would not be numbered one after another
     axes: dict[str, Axes] = {}
     gathered: set[str] = set()
     given = [_letters(pattern, place, v) for place, v in enumerate(inputs)]
@@ -90,7 +100,7 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
             elif letter == ".":
                 if over:
                     return None
-            elif size % math.prod(shardings.mesh[a] for a in axes.setdefault(letter, over)) or over not in (
+            elif size % math.prod(mesh[a] for a in axes.setdefault(letter, over)) or over not in (
                 (),
                 axes[letter],
             ):
@@ -100,7 +110,8 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], shardings: Shardings) -
     # other axes than the results (tensor parallelism) must not be gathered: devices along those would do the same.
     if not split or not gathered <= split:
         return None
-    return Spread(tuple(shardings.mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.example)]))
+    groups = math.prod(shardings.mesh.values()) // math.prod(mesh.values())
+    return Spread(tuple(mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.example)]), groups)
 
 
 SEQUENCE = "s"
@@ -160,7 +171,23 @@ def lowered(
         operands = (*pieces, *cotangents)
         gradients = tuple(specs[place] for place in variable)
         parts.append((shard(summed, in_specs=operands, out_specs=gradients), [*whole, *structs[count:]]))
-    return [lower_alone(f, given, device.platform, device.kind, dict(spread.mesh)) for f, given in parts]
+    modules = [lower_alone(f, given, device.platform, device.kind, dict(spread.mesh)) for f, given in parts]
+    for module in modules if spread.groups > 1 else ():
+        _exchanges_in_each(module, spread)
+    return modules
+
+
+def _exchanges_in_each(module: Any, spread: Spread) -> None:
+    """Has each group of devices exchange what the first does, in place."""
+    devices = math.prod(n for _, n in spread.mesh)
+    for op in m.walk(module.operation):
+        for name in _NUMBERED & {*op.operation.attributes}:
+            first = np.array(op.operation.attributes[name])
+            every = np.concatenate([first + group * devices for group in range(spread.groups)])
+            op.operation.attributes[name] = m.ir.DenseElementsAttr.get(every, context=module.context)
+
+
+_NUMBERED = {"replica_groups", "source_target_pairs"}
 
 
 def _saved(

@@ -9,6 +9,7 @@ from kpx.hardware.target import Target
 from kpx.ir import module as m
 from kpx.ir.module import ir, sdy
 from kpx.sharding.dims import Dims, Roles
+from kpx.sharding.exchange import SCOPE
 from kpx.sharding.graph import Graph, constrained
 from kpx.sharding.layout import Layout, Sharding
 from kpx.sharding.price import Pricing
@@ -30,7 +31,7 @@ def constrain(module: ir.Module, roles: Roles, layout_on: Callable[[Dims], Layou
     wanted: list[tuple[Any, int, Sharding]] = []  # before an operation, how an operand lies; after one, a result
     for number, way in ways.items():
         op = graph.ops[number]
-        if op.group or (op.kind not in _USERS and not any(v in dims.stored for v in op.operands)):
+        if op.group or SCOPE in op.path or (op.kind not in _USERS and not any(v in dims.stored for v in op.operands)):
             continue
         assert op.rule is not None
         of_weights = any(v in dims.stored for v in (*op.operands, *op.results))

@@ -29,11 +29,13 @@ class Roles:
         state: places of arguments that the step gives back anew: weights, the optimizer's state.
         becomes: for each of them, the place of the result.
         batch: places of the other arguments that are split by rows: the data.
+        groups: places of state whose first dimension is the groups of devices along `data`, each of which has its own.
     """
 
     state: tuple[int, ...]
     becomes: tuple[int, ...]
     batch: tuple[int, ...]
+    groups: tuple[int, ...] = ()
 
 
 class Dims:
@@ -42,6 +44,7 @@ class Dims:
     Attributes:
         stacked: classes that loops go through one by one (stacked layers).
         rows: the classes of the first dimensions of data.
+        groups: those of the first dimensions of what each group along `data` has its own of.
         columns: those of its other dimensions, which rows' activations have too: a sequence's length.
         weights: classes of weights' dimensions that activations have too, the larger of what they multiply first.
         stored: values that are split as weights and the optimizer's state lie.
@@ -58,6 +61,9 @@ class Dims:
             if graph.shapes[a] == graph.shapes[b] and not {a, b} & graph.closed:
                 for d in range(len(graph.shapes[a])):
                     self._join(self._first[a] + d, self._first[b] + d)
+        for a, b in graph.parts:
+            for d in range(len(graph.shapes[a]) if not {a, b} & graph.closed else 0):
+                self._join(self._first[a] + d, self._first[b] + d)
         for op in graph.ops:
             if op.rule is not None:
                 self._join_factors(op)
@@ -70,6 +76,7 @@ class Dims:
         data = [graph.arguments[i] for i in roles.batch]
         self.rows = tuple(dict.fromkeys(classes[0] for v in data if (classes := self.classes[v])))
         of_state = {c for v in state for c in self.classes[v]}
+        self.groups = tuple(dict.fromkeys(self.classes[graph.arguments[i]][0] for i in roles.groups))
         columns = dict.fromkeys(
             c for v in data for c, n in zip(self.classes[v][1:], graph.shapes[v][1:], strict=True) if n > 1
         )
@@ -131,7 +138,7 @@ class Dims:
         graph = self.graph
         found = {graph.arguments[i] for i in self.roles.state if graph.shapes[graph.arguments[i]]}
         ties: dict[int, list[int]] = {}
-        for a, b in graph.ties:
+        for a, b in (*graph.ties, *graph.parts):
             ties.setdefault(a, []).append(b)
             ties.setdefault(b, []).append(a)
         for value in list(found):
@@ -197,7 +204,9 @@ class Dims:
         return tuple(sorted(weight, key=lambda c: -weight[c]))
 
 
-def roles_of(state: Collection[int], becomes: Sequence[int], batch: Collection[int]) -> Roles:
+def roles_of(
+    state: Collection[int], becomes: Sequence[int], batch: Collection[int], groups: Collection[int] = ()
+) -> Roles:
     """Roles in order of arguments."""
     pairs = sorted(zip(state, becomes, strict=True))
-    return Roles(tuple(p for p, _ in pairs), tuple(b for _, b in pairs), tuple(sorted(batch)))
+    return Roles(tuple(p for p, _ in pairs), tuple(b for _, b in pairs), tuple(sorted(batch)), tuple(sorted(groups)))

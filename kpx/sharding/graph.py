@@ -95,6 +95,8 @@ class Graph:
         arguments, returned: of `main`.
         ties: pairs of values that are one array (what a loop carries, what a barrier passes).
         bodies: regions of an operation, by its number.
+        parts: pairs of an array and what one group of devices has of it, under manual computation along some axes.
+        manual: of values under manual computation, those axes: along them they are parts already.
     """
 
     shapes: list[tuple[int, ...]] = field(default_factory=list)
@@ -105,6 +107,8 @@ class Graph:
     regions: list[Region] = field(default_factory=list)
     ties: list[tuple[int, int]] = field(default_factory=list)
     bodies: dict[int, list[int]] = field(default_factory=dict)
+    parts: list[tuple[int, int]] = field(default_factory=list)
+    manual: dict[int, frozenset[str]] = field(default_factory=dict)
 
     @property
     def arguments(self) -> list[int]:
@@ -184,6 +188,8 @@ class _Reader:
         self.operations: list[Any] = []
         self._functions = m.functions(module)
         self._groups = 0
+        self._manual: frozenset[str] = frozenset()
+        self._mesh = {a for a, n in m.mesh_axes(module).items() if n > 1}
         main = m.main(module)
         self.graph.regions.append(Region(-1, 1))
         block = m.entry_block(main)
@@ -198,6 +204,8 @@ class _Reader:
         graph.itemsizes.append(_itemsize(str(kind.element_type)) if ranked else 0)
         graph.elements.append(str(kind.element_type) if ranked else "")
         graph.producers.append(producer)
+        if self._manual:
+            graph.manual[number] = self._manual
         (self.numbers if numbers is None else numbers)[value] = number
         return number
 
@@ -237,6 +245,24 @@ class _Reader:
             self._regions(op, kind, number, operands, results, numbers, group)
         elif kind == "optimization_barrier":
             graph.ties += zip(operands, results, strict=True)
+        elif kind == "manual_computation":
+            self._groups_of_devices(op, number, numbers, group)
+
+    def _groups_of_devices(self, op: Any, number: int, numbers: dict[m.Value, int], group: int) -> None:
+        """Reads what each group of devices computes; what each device computes by itself is not read: nothing there is split."""
+        axes = frozenset(re.findall(r'"([^"]+)"', str(op.operation.attributes["manual_axes"])))
+        if axes >= self._mesh or self._manual:
+            return
+        graph, here = self.graph, len(self.graph.regions)
+        graph.regions.append(Region(graph.ops[number].region, 1))
+        graph.bodies[number] = [here]
+        block = op.regions[0].blocks[0]
+        self._manual = axes
+        inner = graph.regions[here].arguments = [self._value(a, -1, numbers) for a in block.arguments]
+        returned = graph.regions[here].returned = self._block(block, numbers, here, group)
+        self._manual = frozenset()
+        made = graph.ops[number]
+        graph.parts += [*zip(made.operands, inner, strict=True), *zip(made.results, returned, strict=True)]
 
     def _callee(self, op: Any, name: str, numbers: dict[m.Value, int], region: int, group: int) -> None:
         symbol = op.operation.attributes["decomposition" if name == "stablehlo.composite" else "callee"].value

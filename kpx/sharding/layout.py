@@ -60,11 +60,19 @@ class Layout:
             dims: list[Axes] = [()] * len(shape)
             for c, axes in self.split.items():  # those that come first have an axis before others do
                 for d in (d for d, here in enumerate(classes) if here == c):
-                    free = [a for a in axes if a not in taken]
+                    free = [a for a in self._free(value, axes) if a not in taken]
                     dims[d] = self.fitting(shape[d], free, exact=value in self._exact)
                     taken.update(dims[d])
             found = self._inner[value] = tuple(dims)
         return found
+
+    def split_of(self, value: int, dimension: int) -> Axes:
+        """Over which axes a value's dimension is to be split, where they divide it."""
+        return self._free(value, self.split.get(self.dims.classes[value][dimension], ()))
+
+    def _free(self, value: int, axes: Axes) -> Axes:
+        manual = self.dims.graph.manual.get(value)
+        return axes if manual is None else tuple(a for a in axes if a not in manual)
 
     def fitting(self, size: int, axes: Sequence[str], *, exact: bool = False) -> Axes:
         """The first axes that a dimension can be split over."""

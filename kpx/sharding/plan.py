@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kpx.config import Config, resolve
@@ -22,10 +23,11 @@ from kpx.runtime.build import lower_for
 from kpx.sharding import fused, graph, search
 from kpx.sharding.constrain import constrain
 from kpx.sharding.dims import Dims, Roles, roles_of
+from kpx.sharding.exchange import Groups
 from kpx.sharding.explain import explained, text
 from kpx.sharding.explain import variant as _said
 from kpx.sharding.layout import Axes, Layout, Sharding
-from kpx.sharding.price import Exchange, Price, Pricing
+from kpx.sharding.price import Between, Exchange, Price, Pricing
 
 GOALS = ("time", "memory")
 _KEPT = 8  # runners-up
@@ -87,14 +89,17 @@ class Plan:
             options["in_shardings"] = self.placed()
         varied: Any = step.varied(**self.variant) if hasattr(step, "varied") else step
         if self.mesh.get("pipeline", 1) > 1:
-            varied = varied.along(self.device_mesh if self.target.is_present else self._abstract_mesh)
+            varied = varied.along(self._mesh_here)
         else:
+            if getattr(varied, "exchange", None) is not None:
+                specs = jax.tree.map(lambda s: s.spec, self.shardings[0].params)
+                varied = varied.among(Groups(self._mesh_here, specs))
             varied = self._with_experts(varied)
         return jit(varied, target=self.target, config=config, before=self.put_into, **options)
 
     def _with_experts(self, step: Callable) -> Callable:
         """The step, whose mixtures of experts are traced for the mesh."""
-        mesh = self.device_mesh if self.target.is_present else self._abstract_mesh
+        mesh = self._mesh_here
         rows = tuple(a for a in ("data", "fsdp", "expert") if self.mesh.get(a, 1) > 1)
         lead = (rows, ("context",)) if self.mesh.get("context", 1) > 1 else (rows,)
         spread = mixture_split.Spread(mesh, lead, "expert" if "expert" in rows else None)
@@ -125,11 +130,18 @@ class Plan:
                 f"The plan is for {count} devices ({text(self)}), and JAX finds {len(devices)} here. Plan for the "
                 "devices that there are (`target=None`), or run where there are as many."
             )
-        kinds = (AxisType.Auto,) * len(self.mesh)
-        return jax.make_mesh(tuple(self.mesh.values()), tuple(self.mesh), axis_types=kinds, devices=devices[:count])
+        kinds, sizes, names = (AxisType.Auto,) * len(self.mesh), tuple(self.mesh.values()), tuple(self.mesh)
+        slices = len({d.slice_index for d in devices[:count]}) if self.target.platform == "tpu" else 1
+        if slices > 1 and sizes[0] % slices == 0:  # the outermost axis is along slices
+            inside, between = (sizes[0] // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
+            return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices[:count]), names, axis_types=kinds)
+        return jax.make_mesh(sizes, names, axis_types=kinds, devices=devices[:count])
 
     @property
-    def _abstract_mesh(self) -> AbstractMesh:
+    def _mesh_here(self) -> Mesh | AbstractMesh:
+        """Of the devices, where they are here."""
+        if self.target.is_present:
+            return self.device_mesh
         kinds = (AxisType.Auto,) * len(self.mesh)
         return AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh), axis_types=kinds)
 
@@ -212,6 +224,9 @@ class _Planner:
         if self.given_mesh:
             self.fixed = {a: self.fixed.get(a, 1) for a in search.AXES}
         self.devices = target.device_count
+        self.exchange = getattr(step, "exchange", None)
+        if self.exchange is not None:
+            self.fixed = self._with_groups(self.exchange.count)
         self._check_fixed()
 
     def plan(self, confirm: int) -> Plan:
@@ -219,10 +234,10 @@ class _Planner:
         for variant, varied in self._variants():
             self.tell(f"reading the step{_said(variant)}")
             dims = self._dims(varied)
-            pricing = Pricing(dims, self.target)
+            pricing = Pricing(dims, self.target, self._between())
             given = self._given(dims)
             self.tell(f"searching layouts{_said(variant)}")
-            pipelines = hasattr(self.step, "along")
+            pipelines = hasattr(self.step, "along") and self.exchange is None
             further = self.fixed, given, variant, self.goal, pipelines
             candidates = search.best(pricing, self.target, self.devices, *further)
             found += [(c, dims) for c in candidates]
@@ -248,7 +263,25 @@ class _Planner:
         if not hasattr(self.step, "variants"):
             return [({}, self.step)]
         batch = min((leaf.shape[0] for leaf in jax.tree.leaves(self.specs[-1]) if leaf.shape), default=1)
-        return [(variant, self.step.varied(**variant)) for variant in self.step.variants(batch)]
+        step = self.step if self.exchange is None else self.step.among(Groups())
+        return [(variant, step.varied(**variant)) for variant in self.step.variants(batch)]
+
+    def _between(self) -> Between | None:
+        """What groups exchange of their gradients by themselves."""
+        if self.exchange is None:
+            return None
+        return Between(self.exchange.sent, tuple(jax.tree.leaves(_numbered(self.specs)[0].params)))
+
+    def _with_groups(self, count: int) -> dict[str, int]:
+        """The axes to keep, with that of groups."""
+        given, pipeline = self.fixed.get("data", count), self.fixed.get("pipeline", 1)
+        if given != count or pipeline > 1 or self.devices % count:
+            raise ConfigError(
+                f"Gradients go between {count} groups along the axis 'data', and the plan is to have data={given} and pipeline="
+                f"{pipeline} on {self.devices} devices. Leave 'data' and 'pipeline' to the exchange, and take groups that divide the "
+                "devices."
+            )
+        return {**self.fixed, "data": count}
 
     def _dims(self, step: Callable) -> Dims:
         # A function of its own, so that JAX does not hand out a module that was rewritten.
@@ -264,6 +297,9 @@ class _Planner:
         m.inline_calls(module)
         fused.mark(module, self.target, self.config)
         self.roles, self.state_argnums = _roles(step, plain)
+        if self.exchange is not None:
+            left = _numbered(plain)[0].exchange.get("left", ())
+            self.roles = dataclasses.replace(self.roles, groups=tuple(jax.tree.leaves(left)))
         return Dims(graph.read(module), self.roles)
 
     def _given(self, dims: Dims) -> dict[int, Sharding]:
@@ -433,6 +469,12 @@ def _roles(step: Callable, specs: Sequence[Any]) -> tuple[Roles, tuple[int, ...]
             "an argument of its own."
         )
     return roles_of(state, becomes, batch), tuple(argnums)
+
+
+def _numbered(specs: Any) -> Any:
+    """Specs' places among all arguments, in their structure."""
+    leaves, structure = jax.tree.flatten(specs)
+    return jax.tree.unflatten(structure, range(len(leaves)))
 
 
 def _kind(tree: Any) -> tuple:

@@ -6,9 +6,10 @@ of activations do not. Every layout is priced by the same model, so that their o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kpx.hardware.target import Target
@@ -85,11 +86,26 @@ class Price:
         return found
 
 
+@dataclass(frozen=True)
+class Between:
+    """An exchange of gradients between groups along `data` that is not the partitioner's.
+
+    Attributes:
+        sent: of the shapes of a device's gradients: what it exchanges, by kind, and the bytes of each.
+        weights: places of the arguments that gradients are of.
+    """
+
+    sent: Callable[[list[tuple[int, ...]]], list[tuple[str, float]]]
+    weights: tuple[int, ...]
+
+    axis = "data"
+
+
 class Pricing:
     """Prices layouts of one graph on one target; what does not depend on the layout is found once."""
 
-    def __init__(self, dims: Dims, target: Target):
-        self.dims, self.graph, self.target = dims, dims.graph, target
+    def __init__(self, dims: Dims, target: Target, between: Between | None = None):
+        self.dims, self.graph, self.target, self.between = dims, dims.graph, target, between
         chip = target.spec
         if chip is not None:
             self._bandwidth, self._peak = chip.bandwidth, chip.peak
@@ -280,6 +296,19 @@ class _Run:
                 self._flush(value)
         for value in list(self.pending):
             self._flush(value)
+        if self.p.between is not None and self.layout.mesh.get(Between.axis, 1) > 1:
+            self._between(self.p.between)
+
+    def _between(self, between: Between) -> None:
+        """What groups exchange of their gradients, after the backward pass."""
+        graph, parts = self.graph, []
+        for value in (graph.arguments[place] for place in between.weights):
+            split = zip(graph.shapes[value], self.layout.of(value), strict=True)
+            parts.append(tuple(math.ceil(n / self.layout.parts(axes)) for n, axes in split))
+        for kind, size in between.sent(parts):
+            seconds = self._seconds(Sent(kind, (Between.axis,), size, False))
+            self.exchanges.append(Exchange(kind, (Between.axis,), size, 1, seconds, False, "gradients between groups"))
+            self.times[0].exposed += seconds
 
     def price(self) -> Price:
         self.walk()
@@ -384,7 +413,7 @@ class _Run:
 
     def _factor_axes(self, op: Op, order: list, stays: bool) -> dict[int, Axes]:
         """Over which axes each factor of an operation is split."""
-        rule, layout, classes = op.rule, self.layout, self.p.dims.classes
+        rule, layout = op.rule, self.layout
         assert rule is not None
         found: dict[int, Axes] = {}
         taken: set[str] = set()
@@ -397,7 +426,7 @@ class _Run:
             for d, factors in enumerate(dims):
                 if not factors or factors[0] in found or factors[0] in rule.whole:
                     continue
-                split = layout.split.get(classes[value][d], ())
+                split = layout.split_of(value, d)
                 size = rule.sizes[factors[0]]
                 axes = layout.fitting(size, [a for a in split if a not in taken]) if split else ()
                 found[factors[0]] = axes
@@ -496,6 +525,9 @@ class _Run:
 
     def _send(self, sent: Sent, op: Op) -> None:
         axes = tuple(a for a in self.layout.mesh if a in sent.axes and self.layout.mesh[a] > 1)
+        if self.p.between is not None and sent.overlaps and Between.axis in axes:  # gradients, apart
+            axes = tuple(a for a in axes if a != Between.axis)
+            sent = dataclasses.replace(sent, axes=axes)
         if not axes or not sent.bytes:
             return
         seconds, count, kind, size = self._seconds(sent), self.graph.counts[op.region], sent.kind, sent.bytes

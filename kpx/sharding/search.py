@@ -61,6 +61,7 @@ def layouts(
     if mesh.get("tensor", 1) > 1:
         split |= dict.fromkeys((c for c in chosen if c not in split), ("tensor",))
     rows = tuple(a for a in mesh if a in _ROWS)
+    split |= dict.fromkeys(dims.groups, ("data",) if mesh.get("data", 1) > 1 else ())
     split |= dict.fromkeys(dims.rows, rows)
     if mesh.get("context", 1) > 1:
         split |= dict.fromkeys(dims.columns, ("context",))

@@ -103,13 +103,7 @@ class Checkpoints:
 
     def _check(self, step: int, like: Any) -> None:
         """Raises where a checkpoint is readable, and of another state."""
-        try:
-            saved: Any = self._manager.item_metadata(step)["state"]
-            saved = getattr(saved, "tree", saved)
-            shapes = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-        except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError):
-            return  # it is not whole, which reading it will say
-        wanted = {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        shapes, wanted = self._shapes(step), _shapes(like)
         if shapes and shapes != wanted:
             differing = [n for n in {**shapes, **wanted} if shapes.get(n) != wanted.get(n)]
             first = differing[0]
@@ -118,6 +112,18 @@ class Checkpoints:
                 f"{first}, saved as {shapes.get(first)}, wanted as {wanted.get(first)}. Train with what it was saved with, or in "
                 "another folder."
             )
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the last checkpoint's arrays, by their path in the state; none where there is none, or it is not whole."""
+        step = self._manager.latest_step()
+        return {} if step is None else self._shapes(step)
+
+    def _shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        try:
+            saved: Any = self._manager.item_metadata(step)["state"]
+            return _shapes(getattr(saved, "tree", saved))
+        except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError):
+            return {}  # it is not whole, which reading it will say
 
     def wait(self) -> None:
         """Until what is being saved is saved."""
@@ -128,6 +134,10 @@ class Checkpoints:
         self._manager.close()
         if self._lock is not None:
             self._lock.release()
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def _name(path: Any) -> str:

@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from kpx.errors import ConfigError, InputError
+from kpx.sharding import exchange as exchanges
+from kpx.sharding.exchange import Exchange, Groups
 from kpx.train.pipeline import Pipelined
 from kpx.train.remat import POLICIES, rematerialized
 
@@ -26,12 +29,14 @@ class State:
         params: what is trained.
         carried: what the forward pass writes (BatchNorm's statistics).
         optimizer: its state.
+        exchange: what a compressed exchange of gradients carries on (see `kpx.sharding.exchange`); else nothing.
     """
 
     step: jax.Array
     params: Any
     carried: Any
     optimizer: Any
+    exchange: Any = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Step:
             (all but products), `full`. None leaves that to a plan. A layer with a `jax.checkpoint` of its own is left alone.
         seed: of the key that the loss is given, folded with the step.
         interleave: how many parts of the layers each stage of a pipeline has (see `kpx.train.pipeline`).
+        exchange: how gradients go between slices or hosts, where that is to be compressed.
         mesh: where the layers are in stages along its axis `pipeline`; a plan gives it.
+        grouped: where groups exchange gradients; a plan gives it.
 
     Raises:
         ConfigError: `microbatches` or `remat` is not one that there is.
@@ -63,7 +70,9 @@ class Step:
     remat: str | None = "none"
     seed: int = 0
     interleave: int = 1
+    exchange: Exchange | None = None
     mesh: Any = dataclasses.field(default=None, compare=False)
+    grouped: Groups | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if self.remat is not None and self.remat not in POLICIES:
@@ -75,7 +84,9 @@ class Step:
 
     def start(self, params: Any, carried: Any = None) -> State:
         """The state before the first step."""
-        return State(jnp.zeros((), jnp.int32), params, {} if carried is None else carried, self.optimizer.init(params))
+        carried = {} if carried is None else carried
+        exchanged = self.exchange.start(params) if self.exchange is not None else {}
+        return State(jnp.zeros((), jnp.int32), params, carried, self.optimizer.init(params), exchanged)
 
     def variants(self, batch: int) -> Iterator[dict[str, Any]]:
         """What a plan may choose between, what takes the least time first, the most memory."""
@@ -91,7 +102,11 @@ class Step:
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        value, gradient, carried, metrics = self._gradient(state.params, state.carried, batch, key)
+        exchanged = state.exchange
+        if self.exchange is None:
+            value, gradient, carried, metrics = self._gradient(state.params, state.carried, batch, key)
+        else:
+            value, gradient, carried, metrics, exchanged = self._exchanged(self.exchange, state, batch, key)
         norm = optax.tree.norm(gradient)
         if self.clip is not None:
             scale = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
@@ -100,11 +115,48 @@ class Step:
         params = optax.apply_updates(state.params, updates)
         told = {"loss": value, "gradient_norm": norm, **metrics}
         told = {name: jnp.asarray(number, jnp.float32) for name, number in told.items()}
-        return State(state.step + 1, params, carried, optimizer), told
+        return State(state.step + 1, params, carried, optimizer, exchanged), told
 
     def along(self, mesh: Any) -> Step:
         """The same step, its layers in stages along a mesh's axis `pipeline`."""
         return dataclasses.replace(self, mesh=mesh)
+
+    def among(self, groups: Groups) -> Step:
+        """The same step, whose groups along a mesh's axis `data` exchange gradients as `exchange` says."""
+        return dataclasses.replace(self, grouped=groups)
+
+    def _exchanged(self, exchange: Exchange, state: State, batch: Any, key: jax.Array) -> tuple:
+        """The gradient of each group's rows, and their mean by an exchange."""
+        if jax.tree.leaves(state.carried):
+            raise ConfigError(
+                "A compressed exchange of gradients cannot carry what the forward pass writes (BatchNorm's statistics, streams of random "
+                "numbers): each group would write its own. Train it with `exchange=None`."
+            )
+        if self.grouped is None:
+            raise ConfigError(
+                "A step with an exchange of gradients runs by its plan, which knows the groups: `kpx.plan(step, ...).apply(step)`, or a "
+                "`kpx.train.Trainer`."
+            )
+        alone = dataclasses.replace(self, exchange=None)
+        if self.grouped.mesh is None:
+            value, gradient, carried, metrics = alone._gradient(state.params, state.carried, batch, key)
+            return value, gradient, carried, metrics, exchange.standing(gradient, state.exchange)
+
+        def of_group(params, rows, number):
+            value, gradient, _, metrics = alone._gradient(params, {}, rows, jax.random.fold_in(key, number[0]))
+            told = jax.tree.map(lambda a: jax.lax.pmean(a, exchanges.AXIS), (value, metrics))
+            return told, jax.tree.map(lambda g: g[None], gradient)
+
+        mesh, whole, split = self.grouped.mesh, PartitionSpec(), PartitionSpec(exchanges.AXIS)
+        rows = jax.tree.map(lambda a: split if jnp.ndim(a) else whole, batch)
+        run = jax.shard_map(
+            of_group, mesh=mesh, in_specs=(whole, rows, split), out_specs=(whole, split),
+            axis_names={exchanges.AXIS}, check_vma=False,
+        )  # fmt: skip
+        numbers = jnp.arange(mesh.shape[exchanges.AXIS])
+        (value, metrics), gradients = run(state.params, batch, numbers)
+        gradient, exchanged = exchange.mean(gradients, state.exchange, mesh, self.grouped.specs)
+        return value, gradient, state.carried, metrics, exchanged
 
     def _pipelined(self, params: Any, carried: Any, batch: Any, key: jax.Array) -> tuple:
         if jax.tree.leaves(carried):

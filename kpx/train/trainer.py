@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -11,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kpx.config import Config, resolve
 from kpx.errors import ConfigError, InputError
 from kpx.hardware.target import Target
+from kpx.sharding.exchange import Exchange
 from kpx.sharding.plan import Plan, plan
 from kpx.train import health
 from kpx.train.checkpoint import Checkpoints
@@ -53,6 +57,8 @@ class Trainer:
         target: the machine; by default JAX's devices here. One that is not here can be planned for (`planned`), and not trained on.
         plan: `auto`; sizes of axes to keep, as `{"fsdp": 8}`; or a `kpx.Plan` of such a step.
         clip, microbatches, remat, interleave, seed: see `Step`; microbatches and remat are left to the plan by default.
+        exchange: how gradients go between slices, hosts or processes where that is to be compressed: `bf16`, `int8`,
+            `powersgd`, `topk`, or an `Exchange`. By default they go as they are.
         config: what kpx may do, precision included: weights stay as they are given, products are lowered.
         checkpoints: a folder; without, nothing is saved. A trainer goes on from the last whole one in it.
         save_every: how many steps lie between checkpoints.
@@ -77,6 +83,7 @@ class Trainer:
         microbatches: int | None = None,
         remat: str | None = None,
         interleave: int = 1,
+        exchange: str | Exchange | None = None,
         seed: int = 0,
         config: Config | None = None,
         checkpoints: str | os.PathLike | None = None,
@@ -88,13 +95,14 @@ class Trainer:
         initialize()
         self.config = resolve(config)
         self._model = adapted(model, loss, params)
-        self.step = Step(self._model.loss, optimizer, clip, microbatches, remat, seed, interleave)
+        self._target = Target.resolve(target, may_be_absent=True)
+        exchange = self._grouped(exchange)
+        self.step = Step(self._model.loss, optimizer, clip, microbatches, remat, seed, interleave, exchange)
         if isinstance(plan, str) and plan != "auto":
             raise ConfigError(
                 f"`plan={plan!r}` is not known. It is 'auto', sizes of axes as {{'fsdp': 8}}, or a kpx.Plan."
             )
         self._asked = plan
-        self._target = Target.resolve(target, may_be_absent=True)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, keep=keep)
         self._save_every, self._log_every, self._hang_seconds = save_every, log_every, hang_seconds
         self.plan: Plan | None = None
@@ -152,6 +160,19 @@ class Trainer:
         if self._checkpoints is not None:
             self._checkpoints.close()
 
+    def _grouped(self, exchange: str | Exchange | None) -> Exchange | None:
+        """The exchange, with its groups: the target's slices, or its hosts, or the processes; none between one group."""
+        if isinstance(exchange, str):
+            exchange = Exchange(exchange)
+        if exchange is None:
+            return None
+        target, groups = self._target, exchange.groups
+        if groups is None and target.platform == "tpu":
+            groups = len({d.slice_index for d in jax.devices("tpu")}) if target.is_present else target.slices
+        elif groups is None:
+            groups = target.shape[0] if len(target.shape) > 1 else jax.process_count()
+        return dataclasses.replace(exchange, groups=groups) if groups > 1 else None
+
     def _loop(self, stream: _Stream, start: int, steps: int, watch, stop, log: _Log) -> Ended:
         losses: dict[int, float] = {}
         run, last = self._run, None
@@ -192,16 +213,42 @@ class Trainer:
         self._batch_at = at[1]
         self._told: dict[str, Any] = {}
         structs = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), like, at[0])
-        restored = self._checkpoints.restore(structs) if self._checkpoints is not None else None
-        if restored is not None:
-            _, self.state, self._told = restored
+        if self._checkpoints is not None and (restored := self._restored(self._checkpoints, structs)) is not None:
+            self.state, self._told = restored
             return
         start = jax.jit(self.step.start, out_shardings=at[0])
         put = jax.tree.map(_put, (self._model.params, self._model.carried), (at[0].params, at[0].carried))
         self.state = start(*put)
 
+    def _restored(self, checkpoints: Checkpoints, structs: State) -> tuple[State, dict[str, Any]] | None:
+        """The last checkpoint; what another number of groups had left of their gradients is these groups' in equal parts."""
+        exchange, wanted = self.step.exchange, structs.exchange
+        saved = {n for name, shape in checkpoints.saved_shapes().items() if "exchange/left" in name for n in shape[:1]}
+        others = bool(exchange and saved and saved != {exchange.count})
+        if others:
+            left = jax.tree.map(lambda s: _of_groups(s, saved.copy().pop()), wanted["left"])
+            structs = dataclasses.replace(structs, exchange={**wanted, "left": left})
+        if (found := checkpoints.restore(structs)) is None:
+            return None
+        _, state, told = found
+        if others:
+            at = jax.tree.map(lambda s: s.sharding, wanted["left"])
+            spread = jax.jit(
+                lambda left: jax.tree.map(lambda a, s: jnp.broadcast_to(jnp.mean(a, 0), s.shape), left, wanted["left"]),
+                out_shardings=at,
+            )
+            state = dataclasses.replace(state, exchange={**state.exchange, "left": spread(state.exchange["left"])})
+        return state, told
+
     def _placed(self, batch: Any) -> Any:
         return jax.tree.map(_put, batch, self._batch_at)
+
+
+def _of_groups(struct: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    """What so many groups have left, each device all of its part's."""
+    assert isinstance(struct.sharding, NamedSharding)
+    at = NamedSharding(struct.sharding.mesh, PartitionSpec(None, *struct.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct((count, *struct.shape[1:]), struct.dtype, sharding=at)
 
 
 def _put(array: Any, sharding: Any) -> jax.Array:
