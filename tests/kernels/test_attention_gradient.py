@@ -65,6 +65,20 @@ def test_kernels_count_as_the_products_that_they_replaced(target):
     assert both.cost.product_flops == pytest.approx(6 * product, rel=0.01)
 
 
+@pytest.mark.parametrize("target", ["cuda:h100", "tpu-v5e"])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_it_is_found_between_projections(target, kv_heads):
+    def layer(x, w):
+        q, k, v = ((x @ w[n]).reshape(2, LENGTH, -1, 64) for n in "qkv")
+        return x + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(2, LENGTH, -1) @ w["o"]
+
+    sizes = {"q": 512, "k": 64 * kv_heads, "v": 64 * kv_heads, "o": 512}
+    w = {n: jax.ShapeDtypeStruct((512, size), jnp.bfloat16) for n, size in sizes.items()}
+    x = jax.ShapeDtypeStruct((2, LENGTH, 512), jnp.bfloat16)
+    compiled = kpx.compile(jax.grad(lambda x, w: jnp.sum(layer(x, w) ** 2), (0, 1)), x, w, target=target)
+    assert compiled.fusions == {"kpx.attention and its gradient": 1}
+
+
 def _biased(q, k, v, bias):
     scores = (jnp.einsum("bhqd,bhkd->bhqk", q, k) * 0.1 + bias).astype(jnp.float32)
     return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores, -1).astype(v.dtype), v)

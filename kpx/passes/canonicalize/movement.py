@@ -114,6 +114,8 @@ def reshape_of_reshape(op):
 def reshape_of_reshape_by_units(op):
     """Two reshapes are one where one of them only adds or drops dimensions of size 1, or the second undoes the first.
 
+    Where they are dropped before, or added after, what makes another shape, both are left: a pattern may end, or begin, between.
+
     Before:
         func.func @main(%a: tensor<2x6xf32>) -> tensor<4x3xf32> {
           %0 = stablehlo.reshape %a : (tensor<2x6xf32>) -> tensor<2x1x6xf32>
@@ -126,16 +128,20 @@ def reshape_of_reshape_by_units(op):
           return %0 : tensor<4x3xf32>
         }
     Unchanged:
-        func.func @main(%a: tensor<2x6xf32>) -> tensor<4x3xf32> {
-          %0 = stablehlo.reshape %a : (tensor<2x6xf32>) -> tensor<12xf32>
-          %1 = stablehlo.reshape %0 : (tensor<12xf32>) -> tensor<4x3xf32>
-          return %1 : tensor<4x3xf32>
+        func.func @main(%a: tensor<2x6xf32>) -> tensor<2x1x3x2xf32> {
+          %0 = stablehlo.reshape %a : (tensor<2x6xf32>) -> tensor<2x3x2xf32>
+          %1 = stablehlo.reshape %0 : (tensor<2x3x2xf32>) -> tensor<2x1x3x2xf32>
+          return %1 : tensor<2x1x3x2xf32>
         }
     """
     inner = producer(op.operand, stablehlo.ReshapeOp)
     if inner is None:
         return None
     first, between, last = ([n for n in m.shape(v) if n != 1] for v in (inner.operand, op.operand, op.result))
+    adds = between == last and m.rank(op.operand) < m.rank(op.result)
+    drops = between == first and m.rank(op.operand) < m.rank(inner.operand)
+    if first != last and (adds or drops):
+        return None
     return m.reshape(inner.operand, m.shape(op.result)) if between in (first, last) or first == last else None
 
 
