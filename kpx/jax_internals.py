@@ -311,6 +311,10 @@ class Lazy:
         self._held = {**dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)), **known}
         self._makers = {v: equation for equation in closed.jaxpr.eqns for v in equation.outvars}
 
+    def learn(self, variable: Any, value: Any) -> None:
+        """A variable that was not known, and is now."""
+        self._held[variable] = value
+
     def value(self, atom: Any) -> Any:
         """A variable's value.
 

@@ -55,6 +55,7 @@ class Compiler:
         compiled = time.perf_counter()
         stats = executable.get_compiled_memory_stats()
         names = ("argument", "output", "temp", "alias", "generated_code")
+        names += tuple(f"host_{name}" for name in ("argument", "output", "temp", "alias"))
         memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in names}
         memory["peak"] = getattr(stats, "peak_memory_in_bytes", 0)
         name = uuid.uuid4().hex  # another worker's names must not be taken for these

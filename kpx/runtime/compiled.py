@@ -28,6 +28,7 @@ class Memory:
 
     Attributes:
         device_bytes: what a device has; None where the spec table does not know it (the CPU).
+        host_bytes: what lies in the host's memory for it, arguments and what is put there meanwhile.
     """
 
     argument_bytes: int
@@ -35,6 +36,7 @@ class Memory:
     temp_bytes: int
     peak_bytes: int
     device_bytes: int | None = None
+    host_bytes: int = 0
 
     @property
     def fits(self) -> bool | None:
@@ -149,9 +151,12 @@ class Compiled:
         arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
         temporary = stats.temp_size_in_bytes
         total = arguments + outputs + temporary - stats.alias_size_in_bytes
-        peak = max(getattr(stats, "peak_memory_in_bytes", 0), total)  # the CPU's leaves temporaries out
+        host = stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes + stats.host_temp_size_in_bytes
+        host -= stats.host_alias_size_in_bytes
+        # The CPU's peak leaves temporaries out; others' counts the host's memory too.
+        peak = total if host else max(getattr(stats, "peak_memory_in_bytes", 0), total)
         spec = self._target.spec
-        return Memory(arguments, outputs, temporary, peak, spec and spec.memory)
+        return Memory(arguments, outputs, temporary, peak, spec and spec.memory, host)
 
     @functools.cached_property
     def cost(self) -> Cost:

@@ -17,7 +17,7 @@ _BY_PLACE = {
     "exponential", "log", "tanh", "logistic", "convert", "select", "compare", "and", "or", "not", "xor", "clamp",
     "is_finite", "broadcast_in_dim", "reshape", "transpose", "slice", "dynamic_slice", "dynamic_update_slice", "floor",
     "round_nearest_even", "round_nearest_afz", "ceil", "exponential_minus_one", "log_plus_one", "cbrt", "bitcast_convert",
-    "sharding_constraint", "optimization_barrier", "copy", "remainder", "shift_left", "shift_right_logical",
+    "sharding_constraint", "optimization_barrier", "copy", "to_host", "to_device", "remainder", "shift_left", "shift_right_logical",
 }  # fmt: skip
 
 

@@ -21,6 +21,12 @@ from kpx.kernels import mixture_split
 FUSED = "kpx.fused"
 """An attribute of operations that a kernel computes together: nothing between them is written to memory."""
 
+TO_HOST, TO_DEVICE = "to_host", "to_device"
+"""Kinds of operations that put an array into the host's memory, and bring it from there."""
+
+_MOVES = {"dynamic_update_slice", "dynamic_slice", "reshape", "slice", "optimization_barrier", "sharding_constraint"}
+_PLACEMENT = "annotate_device_placement"
+
 _RULES = "builtin.module(func.func(sdy-populate-op-sharding-rules))"
 
 
@@ -152,6 +158,41 @@ class Graph:
         return frozenset(found)
 
     @functools.cached_property
+    def on_host(self) -> frozenset[int]:
+        """Values in the host's memory: what is put there, what is made of that by moving it alone, and arguments that are brought
+        from there before anything else."""
+        found = {op.results[0] for op in self.ops if op.kind == TO_HOST}
+        found |= {a for a in self.arguments if self._is_brought(a)}
+        if not found:
+            return frozenset()
+        ties: dict[int, set[int]] = {}
+        for a, b in self.ties:
+            ties.setdefault(a, set()).add(b)
+            ties.setdefault(b, set()).add(a)
+        waiting = [*found]
+        while waiting:
+            value = waiting.pop()
+            near = {*ties.get(value, ())} if value not in self.closed else set()
+            for number in self.users[value]:
+                op = self.ops[number]
+                if op.kind in _MOVES and value in op.operands[:2]:
+                    near.add(op.results[0])
+            if (producer := self.producers[value]) >= 0 and self.ops[producer].kind == "dynamic_update_slice":
+                near.add(self.ops[producer].operands[0])
+            waiting += near - found
+            found |= near
+        return frozenset(found)
+
+    def _is_brought(self, value: int) -> bool:
+        """Whether a value is brought from the host's memory before anything else is done with it."""
+        for number in self.users[value]:
+            op = self.ops[number]
+            waits = op.kind == "optimization_barrier" and self._is_brought(op.results[op.operands.index(value)])
+            if op.kind != TO_DEVICE and not waits:
+                return False
+        return bool(self.users[value])
+
+    @functools.cached_property
     def users(self) -> list[list[int]]:
         """Of each value, the numbers of the operations that take it."""
         found: list[list[int]] = [[] for _ in self.shapes]
@@ -238,6 +279,9 @@ class _Reader:
             )
             shapes = [graph.shapes[v] for v in operands]
             rule, flops = _mixture_rule(shapes, kind), _mixture_flops(shapes, top_k, kind)
+        if kind == "custom_call" and op.call_target_name.value == _PLACEMENT:
+            kind = TO_HOST if "host" in str(attributes["mhlo.frontend_attributes"]) else TO_DEVICE
+            rule = _identity(graph.shapes[operands[0]])
         element = graph.elements[operands[0]] if operands else ""
         graph.ops.append(Op(kind, operands, results, rule, region, flops, element, group, m.source_path(op)))
         self.operations.append(op)
@@ -294,6 +338,11 @@ class _Reader:
 
 MIXTURES = {mixture_split.PLANNED: "mixture", mixture_split.PLANNED_GRADIENT: "mixture_gradient"}
 """Mixtures of experts that stand for themselves (see `kpx.kernels.mixture_split`), and what they are called here."""
+
+
+def _identity(shape: tuple[int, ...]) -> Rule:
+    dims = tuple((d,) for d in range(len(shape)))
+    return Rule((dims,), (dims,), shape, frozenset(), frozenset(), frozenset())
 
 
 def _mixture_rule(shapes: Sequence[tuple[int, ...]], kind: str) -> Rule:

@@ -118,7 +118,7 @@ class Plan:
             ConfigError: there are fewer devices than the plan has.
         """
         mesh = self.device_mesh
-        return jax.tree.map(lambda s: NamedSharding(mesh, s.spec), self.shardings)
+        return jax.tree.map(lambda s: NamedSharding(mesh, s.spec, memory_kind=s.memory_kind), self.shardings)
 
     @functools.cached_property
     def device_mesh(self) -> Mesh:
@@ -231,20 +231,14 @@ class _Planner:
 
     def plan(self, confirm: int) -> Plan:
         found: list[tuple[search.Candidate, Dims]] = []
-        for variant, varied in self._variants():
-            self.tell(f"reading the step{_said(variant)}")
-            dims = self._dims(varied)
-            pricing = Pricing(dims, self.target, self._between())
-            given = self._given(dims)
-            self.tell(f"searching layouts{_said(variant)}")
-            pipelines = hasattr(self.step, "along") and self.exchange is None
-            further = self.fixed, given, variant, self.goal, pipelines
-            candidates = search.best(pricing, self.target, self.devices, *further)
-            found += [(c, dims) for c in candidates]
-            # What comes after takes less memory and more time; a pipeline alone gains by microbatches.
-            is_enough = self.goal == "time" and self.fixed.get("pipeline", 1) == 1
-            if is_enough and candidates and candidates[0].fits:
+        for group in self._variants():
+            if self._is_enough(found, group[0]):
                 break
+            for variant in reversed(group):
+                candidates, dims = self._candidates(variant)
+                found += [(c, dims) for c in candidates]
+                if not any(c.fits for c in candidates):
+                    break  # those before it take more memory
         if not found:
             raise ConfigError(self._no_mesh())
         found.sort(key=lambda pair: search.order(pair[0], self.goal))
@@ -258,13 +252,32 @@ class _Planner:
         runners = tuple(p for p in plans if p.mesh != chosen.mesh or p.variant != chosen.variant)
         return dataclasses.replace(chosen, runners_up=runners, remarks=(*chosen.remarks, *refused))
 
-    def _variants(self) -> list[tuple[dict[str, Any], Callable]]:
-        """The step, in each way that may be chosen of it."""
-        if not hasattr(self.step, "variants"):
-            return [({}, self.step)]
-        batch = min((leaf.shape[0] for leaf in jax.tree.leaves(self.specs[-1]) if leaf.shape), default=1)
+    def _candidates(self, variant: Mapping[str, Any]) -> tuple[list[search.Candidate], Dims]:
+        """Layouts of the step in one way, the best first."""
         step = self.step if self.exchange is None else self.step.among(Groups())
-        return [(variant, step.varied(**variant)) for variant in self.step.variants(batch)]
+        self.tell(f"reading the step{_said(variant)}")
+        dims = self._dims(step.varied(**variant) if variant else step)
+        pricing = Pricing(dims, self.target, self._between())
+        self.tell(f"searching layouts{_said(variant)}")
+        pipelines = hasattr(self.step, "along") and self.exchange is None
+        further = self.fixed, self._given(dims), variant, self.goal, pipelines
+        return search.best(pricing, self.target, self.devices, *further), dims
+
+    def _is_enough(self, found: Sequence[tuple[search.Candidate, Dims]], variant: Mapping[str, Any]) -> bool:
+        """Whether something fits, and what comes now takes less memory and more time: more microbatches, by which a pipeline alone
+        gains, or the host's memory."""
+        fitting = [c.variant for c, _ in found if c.fits]
+        if self.goal != "time" or not fitting:
+            return False
+        is_pipeline = self.fixed.get("pipeline", 1) != 1
+        return not is_pipeline or all(v.get("offload") != variant.get("offload") for v in fitting)
+
+    def _variants(self) -> list[list[dict[str, Any]]]:
+        """Groups of ways that the step may be made in, those that take the most memory, and maybe the least time, first."""
+        if not hasattr(self.step, "variants"):
+            return [[{}]]
+        batch = min((leaf.shape[0] for leaf in jax.tree.leaves(self.specs[-1]) if leaf.shape), default=1)
+        return list(self.step.variants(batch))
 
     def _between(self) -> Between | None:
         """What groups exchange of their gradients by themselves."""
@@ -323,6 +336,7 @@ class _Planner:
             NamedSharding(mesh, PartitionSpec(*(axes or None for axes in layout.of(value))))
             for value in dims.graph.arguments
         ]
+        shardings = self._in_host_memory(shardings, tree, candidate.variant)
         structs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at) for s, at in zip(leaves, shardings, strict=True)]
         # By every place: where the module is read again, experts are apart in what a mixture became.
         split = {
@@ -339,6 +353,20 @@ class _Planner:
             roles=dims.roles, split=split, storage=layout.storage, priorities=tuple(dict.fromkeys(layout.split.values())),
             given={place: layout.of(value) for place, value in enumerate(dims.graph.arguments)}, state_argnums=self.state_argnums,
         )  # fmt: skip
+
+    def _in_host_memory(
+        self, shardings: list[NamedSharding], tree: Any, variant: Mapping[str, Any]
+    ) -> list[NamedSharding]:
+        """Shardings, those of an optimizer's state that is offloaded in the host's memory."""
+        if not variant.get("offload"):
+            return shardings
+        state = _numbered(self.specs)[0].optimizer
+        leaves = jax.tree.leaves(self.specs)
+        away = {n for n in jax.tree.leaves(state) if leaves[n].shape}  # counts stay
+        return [
+            NamedSharding(s.mesh, s.spec, memory_kind="pinned_host") if n in away else s
+            for n, s in enumerate(shardings)
+        ]
 
     def _undivided(self, layout: Layout, dims: Dims) -> list[str]:
         """What an axis was meant to split and does not divide."""

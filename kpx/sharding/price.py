@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from kpx.hardware.target import Target
 from kpx.sharding.dims import Dims
 from kpx.sharding.fabric import Fabric
-from kpx.sharding.graph import Graph, Op
+from kpx.sharding.graph import TO_DEVICE, TO_HOST, Graph, Op
 from kpx.sharding.layout import Axes, Layout, Sharding
 
 _UNKNOWN = (1e11, 2e10)  # FLOP/s and bytes/s of a device that the table does not have
 _EFFICIENCY = 0.8  # of the peak, for large products
+_HOST = 1e10  # bytes/s between a device and its host's memory: a cautious guess
 _TILE = 128  # what a matrix unit multiplies at once
 # Computed into what reads them, unless something else needs them in memory.
 _FUSIBLE = {
@@ -317,7 +318,7 @@ class _Run:
             parent.exposed += (max(time.compute, time.beside) + time.exposed) * self.graph.regions[region].trips
         whole = self.times[0]
         compute = sum(t.compute * n for t, n in zip(self.times, self.graph.counts, strict=True))
-        arguments = sum(self.layout.bytes(v) for v in self.graph.arguments)
+        arguments = sum(map(self._held_bytes, self.graph.arguments))
         memory = self.memory()
         return Price(max(whole.compute, whole.beside) + whole.exposed, compute, memory, arguments, self.exchanges)
 
@@ -326,6 +327,8 @@ class _Run:
     def _op(self, number: int, op: Op) -> None:
         rule, layout, graph = op.rule, self.layout, self.graph
         assert rule is not None
+        if op.kind in (TO_HOST, TO_DEVICE):
+            self.times[op.region].beside += layout.bytes(op.operands[0]) / _HOST
         is_stored = all(v in self.p.dims.stored for v in op.results) and not op.flops and not rule.reduced
         if is_stored:
             self._settle(op, Way({}))
@@ -567,9 +570,13 @@ class _Run:
 
     # Memory ---------------------------------------------------------------------------------------
 
+    def _held_bytes(self, value: int) -> float:
+        """Of a value, in a device's own memory."""
+        return 0.0 if value in self.graph.on_host else self.layout.bytes(value)
+
     def memory(self) -> float:
         """The most that a device holds: arguments, and what is live beside them, loops' bodies included."""
-        arguments = sum(self.layout.bytes(v) for v in self.graph.arguments)
+        arguments = sum(map(self._held_bytes, self.graph.arguments))
         graph, pricing = self.graph, self.p
         by_region: list[list[int]] = [[] for _ in graph.regions]
         for number, op in enumerate(graph.ops):
@@ -588,13 +595,13 @@ class _Run:
                     root = pricing._roots[value]
                     is_new = root == value and value in pricing._held and value not in given
                     if is_new and value not in pricing._donated:
-                        live += self.layout.bytes(value)
+                        live += self._held_bytes(value)
                         here.add(value)
                 inner = max((peak(body) for body in graph.bodies.get(number, ())), default=0.0)
                 most = max(most, live + inner + self.buffers.get(number, 0.0))
                 for root in ending.get(number, ()):
                     if root in here and root not in returned:
-                        live -= self.layout.bytes(root)
+                        live -= self._held_bytes(root)
                         here.discard(root)
             return most
 

@@ -8,8 +8,15 @@ import jax
 
 from kpx.jax_internals import evaluated, is_scan, scan_of
 
-POLICIES = ("none", "dots", "full")
-"""What is kept of each layer's forward pass: everything, its products, or its inputs alone."""
+POLICIES = ("none", "dots", "offload", "full")
+"""What is kept of each layer's forward pass: everything; its products by weights; those, in the host's memory; its inputs alone."""
+
+_products = jax.checkpoint_policies
+_KEPT = {
+    "dots": _products.dots_with_no_batch_dims_saveable,
+    "offload": _products.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "full": None,
+}
 
 
 def rematerialized(function: Callable, policy: str) -> Callable:
@@ -19,7 +26,7 @@ def rematerialized(function: Callable, policy: str) -> Callable:
     """
     if policy == "none":
         return function
-    kept = jax.checkpoint_policies.dots_saveable if policy == "dots" else None
+    kept = _KEPT[policy]
 
     def checkpointed(equation, values):
         if not is_scan(equation):

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from kpx.errors import ConfigError, InputError
 from kpx.sharding import exchange as exchanges
 from kpx.sharding.exchange import Exchange, Groups
+from kpx.train import offload
 from kpx.train.pipeline import Pipelined
 from kpx.train.remat import POLICIES, rematerialized
 
@@ -51,8 +52,11 @@ class Step:
         clip: the norm that gradients are clipped to, all together; None for none.
         microbatches: in how many parts, one after another, a batch goes through; gradients and losses are their means. None
             leaves that to a plan.
-        remat: what of the forward pass is computed again in the backward pass, of each layer in a scan: `none`, `dots`
-            (all but products), `full`. None leaves that to a plan. A layer with a `jax.checkpoint` of its own is left alone.
+        remat: what of the forward pass is computed again in the backward pass, of each layer in a scan: `none`; `dots` (all but
+            products by weights); `offload` (as `dots`, with those products in the host's memory meanwhile); `full`. None leaves
+            that to a plan. A layer with a `jax.checkpoint` of its own is left alone.
+        offload: whether the optimizer's state is held in the host's memory, and streamed through the device while weights are
+            updated. None leaves that to a plan.
         seed: of the key that the loss is given, folded with the step.
         interleave: how many parts of the layers each stage of a pipeline has (see `kpx.train.pipeline`).
         exchange: how gradients go between slices or hosts, where that is to be compressed.
@@ -68,6 +72,7 @@ class Step:
     clip: float | None = None
     microbatches: int | None = 1
     remat: str | None = "none"
+    offload: bool | None = False
     seed: int = 0
     interleave: int = 1
     exchange: Exchange | None = None
@@ -88,13 +93,14 @@ class Step:
         exchanged = self.exchange.start(params) if self.exchange is not None else {}
         return State(jnp.zeros((), jnp.int32), params, carried, self.optimizer.init(params), exchanged)
 
-    def variants(self, batch: int) -> Iterator[dict[str, Any]]:
-        """What a plan may choose between, what takes the least time first, the most memory."""
+    def variants(self, batch: int) -> Iterator[list[dict[str, Any]]]:
+        """What a plan may choose between: groups, of which later ones take less memory and more time; in a group, later ones less
+        memory."""
         counts = [self.microbatches] if self.microbatches is not None else [1, 2, 4, 8, 16]
         policies = [self.remat] if self.remat is not None else list(POLICIES)
-        for microbatches in (n for n in counts if batch % n == 0):
-            for remat in policies:
-                yield {"remat": remat, "microbatches": microbatches}
+        for away in [self.offload] if self.offload is not None else [False, True]:
+            for count in (n for n in counts if batch % n == 0):
+                yield [{"remat": remat, "microbatches": count, "offload": away} for remat in policies]
 
     def varied(self, **chosen: Any) -> Step:
         """The same step, with what a plan chose."""
@@ -111,8 +117,11 @@ class Step:
         if self.clip is not None:
             scale = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda g: (g * scale).astype(g.dtype), gradient)
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        if self.offload:
+            params, optimizer = offload.updated(self.optimizer, gradient, state.optimizer, state.params)
+        else:
+            updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         told = {"loss": value, "gradient_norm": norm, **metrics}
         told = {name: jnp.asarray(number, jnp.float32) for name, number in told.items()}
         return State(state.step + 1, params, carried, optimizer, exchanged), told

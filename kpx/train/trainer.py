@@ -56,7 +56,8 @@ class Trainer:
         params: of a loss in JAX, its parameters.
         target: the machine; by default JAX's devices here. One that is not here can be planned for (`planned`), and not trained on.
         plan: `auto`; sizes of axes to keep, as `{"fsdp": 8}`; or a `kpx.Plan` of such a step.
-        clip, microbatches, remat, interleave, seed: see `Step`; microbatches and remat are left to the plan by default.
+        clip, microbatches, remat, offload, interleave, seed: see `Step`; microbatches, remat and offload are left to the plan by
+            default.
         exchange: how gradients go between slices, hosts or processes where that is to be compressed: `bf16`, `int8`,
             `powersgd`, `topk`, or an `Exchange`. By default they go as they are.
         config: what kpx may do, precision included: weights stay as they are given, products are lowered.
@@ -82,6 +83,7 @@ class Trainer:
         clip: float | None = None,
         microbatches: int | None = None,
         remat: str | None = None,
+        offload: bool | None = None,
         interleave: int = 1,
         exchange: str | Exchange | None = None,
         seed: int = 0,
@@ -97,7 +99,10 @@ class Trainer:
         self._model = adapted(model, loss, params)
         self._target = Target.resolve(target, may_be_absent=True)
         exchange = self._grouped(exchange)
-        self.step = Step(self._model.loss, optimizer, clip, microbatches, remat, seed, interleave, exchange)
+        self.step = Step(
+            self._model.loss, optimizer, clip=clip, microbatches=microbatches, remat=remat, offload=offload, seed=seed,
+            interleave=interleave, exchange=exchange,
+        )  # fmt: skip
         if isinstance(plan, str) and plan != "auto":
             raise ConfigError(
                 f"`plan={plan!r}` is not known. It is 'auto', sizes of axes as {{'fsdp': 8}}, or a kpx.Plan."

@@ -97,7 +97,7 @@ def test_rows_that_cannot_be_split_are_an_error():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"remat": "all"}, "'none', 'dots', 'full'"), ({"microbatches": 0}, "1 or more")]
+    ("options", "says"), [({"remat": "all"}, "'none', 'dots', 'offload', 'full'"), ({"microbatches": 0}, "1 or more")]
 )
 def test_what_there_is_not_is_refused(options, says):
     with pytest.raises(kpx.ConfigError, match=says):
@@ -118,6 +118,6 @@ def test_a_plan_chooses_remat_and_microbatches_where_memory_asks_for_it():
         target="tpu-v5p:2x2x2",
         confirm=0,
     )
-    assert small.variant == {"remat": "none", "microbatches": 1}
+    assert small.variant == {"remat": "none", "microbatches": 1, "offload": False}
     assert large.variant["remat"] != "none" or large.variant["microbatches"] > 1
     assert large.memory_per_device_bytes < kpx.Target("tpu-v5p:2x2x2").spec.memory
