@@ -263,6 +263,10 @@ def _put(array: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
 
 
+_BYTES = "kpx.bytes"
+"""Under which a checkpoint keeps an iterator's state that is bytes."""
+
+
 class _Stream:
     """Batches, and where they are."""
 
@@ -280,7 +284,7 @@ class _Stream:
         told: dict[str, Any] = {"step": step}
         if hasattr(self._batches, "get_state"):
             given = self._batches.get_state()
-            told["data"] = given.decode() if isinstance(given, bytes) else given
+            told["data"] = {_BYTES: given.hex()} if isinstance(given, bytes) else given
         return told
 
 
@@ -289,7 +293,9 @@ def _resumed(data: Iterable, batches: Any, first: Any, start: int, told: Mapping
     if start == 0:
         return _Stream(batches, first)
     if "data" in told and hasattr(batches, "set_state"):
-        batches.set_state(told["data"])
+        given = told["data"]
+        is_bytes = isinstance(given, dict) and [*given] == [_BYTES]
+        batches.set_state(bytes.fromhex(given[_BYTES]) if is_bytes else given)
         return _Stream(batches, None)
     for _ in range(start - 1):
         if next(batches, None) is None:

@@ -1,4 +1,4 @@
-"""What the tests launch: a small Llama, trained 20 steps; dies at a step where it is told to.
+"""What the tests launch: a small Llama, or by a plan with experts a mixture of them, trained; dies at a step where it is told to.
 
 Arguments: the axes of its plan as JSON, a folder of checkpoints, how many steps, and `process:step` to kill itself at, in the
 first attempt.
@@ -20,10 +20,10 @@ initialize()
 
 import jax  # noqa: E402
 
-from tests.sharding.steps import llama_loss, start  # noqa: E402
+from tests.sharding import steps, test_experts  # noqa: E402
 
 
-def batches(death=""):
+def batches(death="", experts=False):
     rng = np.random.default_rng(0)
     process, step = (int(n) for n in (death or "-1:-1").split(":"))
     number = 0
@@ -31,16 +31,19 @@ def batches(death=""):
         number += 1
         if number == step and os.environ.get(NUMBER, "0") == str(process) and os.environ.get(ATTEMPT) == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        yield rng.integers(0, 256, (16, 32)).astype(np.int32)
+        tokens = rng.integers(0, 256, (16, 32)).astype(np.int32)
+        yield rng.standard_normal((16, 4, 16)).astype(np.float32) if experts else tokens
 
 
 def main():
-    plan, folder, steps, *death = sys.argv[1:]
+    plan, folder, count, *death = sys.argv[1:]
     plan = plan if plan == "auto" else json.loads(plan)
+    experts = "expert" in plan
+    loss, params = (test_experts.loss, test_experts.start()) if experts else (steps.llama_loss(), steps.start()[0])
     trainer = Trainer(
-        llama_loss(), optax.adamw(1e-3), params=start()[0], plan=plan, clip=1.0, log_every=1, checkpoints=folder or None, save_every=4
+        loss, optax.adamw(1e-3), params=params, plan=plan, clip=1.0, log_every=1, checkpoints=folder or None, save_every=4
     )  # fmt: skip
-    trainer.fit(batches(*death), int(steps))
+    trainer.fit(batches(*death, experts=experts), int(count))
     trainer.close()
     assert trainer.plan is not None
     if jax.process_index() == 0:

@@ -150,6 +150,14 @@ def test_four_processes_of_two_devices_train_each_kind_of_plan_to_the_same_losse
 
 
 @pytest.mark.slow
+def test_four_processes_of_two_devices_train_a_mixture_of_experts_to_the_same_losses():
+    alone, _ = _launched('{"expert": 1}', "", processes=1)
+    found, _ = _launched('{"data": 2, "expert": 4}', "", processes=4, devices=2)
+    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
+    assert len(found) == 12
+
+
+@pytest.mark.slow
 def test_it_goes_on_from_eight_devices_on_four_and_back(alone, tmp_path):
     found = {}
     for devices, plan, steps in ((2, '{"fsdp": 8}', 4), (1, '{"tensor": 4}', 8), (2, '{"data": 4, "fsdp": 2}', 12)):

@@ -63,6 +63,39 @@ def test_it_goes_on_from_the_last_checkpoint(tmp_path):
     np.testing.assert_allclose(list(ended.losses.values()), _by_hand(8)[4:], rtol=1e-4)
 
 
+def _by_grain(kind):
+    """Batches of grain's, by a loader or a data set; an iterable of `{"x", "y"}`."""
+    grain = pytest.importorskip("grain")
+    rows = np.random.default_rng(1).standard_normal((64, 2, 8)).astype(np.float32)
+    if kind == "data set":
+        return grain.MapDataset.source(rows).shuffle(seed=0).repeat().batch(8).map(_named).to_iter_dataset()
+    sampler = grain.samplers.IndexSampler(64, grain.sharding.NoSharding(), shuffle=True, num_epochs=None, seed=0)
+
+    class Named(grain.transforms.Map):
+        def map(self, batch):
+            return _named(batch)
+
+    operations = [grain.transforms.Batch(8, drop_remainder=True), Named()]
+    return grain.DataLoader(data_source=rows, sampler=sampler, operations=operations)
+
+
+def _named(batch):
+    return {"x": batch[:, 0], "y": batch[:, 1]}
+
+
+@pytest.mark.parametrize("kind", ["data set", "loader"])
+def test_data_of_grains_goes_on_where_it_was(tmp_path, kind):
+    whole = _trainer().fit(_by_grain(kind), 6)
+    first = _trainer(checkpoints=tmp_path, save_every=2)
+    first.fit(_by_grain(kind), 4)
+    first.close()
+    second = _trainer(checkpoints=tmp_path, save_every=2)
+    stream = iter(_by_grain(kind))
+    ended = second.fit(stream, 6)
+    second.close()
+    np.testing.assert_allclose(list(ended.losses.values()), list(whole.losses.values())[4:], rtol=1e-5)
+
+
 @pytest.mark.parametrize("damage", ["partial", "corrupt"])
 def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, damage):
     first = _trainer(checkpoints=tmp_path, save_every=2)
