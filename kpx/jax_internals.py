@@ -246,12 +246,24 @@ def is_tracer(leaf: Any) -> bool:
     return isinstance(leaf, jax.core.Tracer)
 
 
-def evaluated(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], instead: Callable) -> list[Any]:
+def evaluated(
+    jaxpr: Any,
+    constants: Sequence[Any],
+    arguments: Sequence[Any],
+    instead: Callable,
+    parts: Sequence[tuple[int, int]] = (),
+    wrapped: Callable[[Callable], Callable] | None = None,
+) -> list[Any]:
     """A jaxpr computed on values, which may be tracers; functions that it calls are computed in place.
 
     Args:
         instead: `(equation, values) -> results`, or None to compute the equation as it is.
+        parts: ranges of its equations that are computed together, by a function of what they read.
+        wrapped: what becomes of that function.
     """
+    if parts:
+        assert wrapped is not None
+        return _by_parts(jaxpr, constants, arguments, instead, parts, wrapped)
     held: dict[Any, Any] = {}
 
     def value(atom):
@@ -274,6 +286,40 @@ def evaluated(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any], in
             results = made if equation.primitive.multiple_results else [made]
         held.update(zip(equation.outvars, results, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
+
+
+def _by_parts(jaxpr, constants, arguments, instead, parts, wrapped) -> list[Any]:
+    held: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *arguments], strict=True))
+    at = 0
+    for first, end in [*parts, (len(jaxpr.eqns), len(jaxpr.eqns))]:
+        for start, stop, wrap in ((at, first, lambda f: f), (first, end, wrapped)):
+            here = _part(jaxpr, start, stop)
+            if here.eqns:
+
+                def computed(*given, here=here):
+                    return evaluated(here, (), given, instead)
+
+                held.update(zip(here.outvars, wrap(computed)(*(held[v] for v in here.invars)), strict=True))
+        at = end
+    return [atom.val if isinstance(atom, _core.Literal) else held[atom] for atom in jaxpr.outvars]
+
+
+def _part(jaxpr: Any, first: int, end: int) -> Any:
+    """Some of a jaxpr's equations, as one of what they read and what others read of them."""
+    equations = jaxpr.eqns[first:end]
+    made = {v for e in equations for v in e.outvars}
+    reads = dict.fromkeys(v for e in equations for v in e.invars if not isinstance(v, _core.Literal) and v not in made)
+    later = {v for e in jaxpr.eqns[end:] for v in e.invars if not isinstance(v, _core.Literal)}
+    later.update(v for v in jaxpr.outvars if not isinstance(v, _core.Literal))
+    given = [v for e in equations for v in e.outvars if v in later]
+    return jaxpr.replace(
+        constvars=[], invars=[*reads], outvars=given, eqns=equations, debug_info=_debug(jaxpr, reads, given)
+    )
+
+
+def _debug(jaxpr: Any, reads: Any, given: Any) -> Any:
+    info = jaxpr.debug_info
+    return info._replace(arg_names=("",) * len(reads), result_paths=("",) * len(given))
 
 
 def is_scan(equation: Any) -> bool:

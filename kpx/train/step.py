@@ -52,7 +52,7 @@ class Step:
         clip: the norm that gradients are clipped to, all together; None for none.
         microbatches: in how many parts, one after another, a batch goes through; gradients and losses are their means. None
             leaves that to a plan.
-        remat: what of the forward pass is computed again in the backward pass, of each layer in a scan: `none`; `dots` (all but
+        remat: what of the forward pass is computed again in the backward pass, of each layer (see `rematerialized`): `none`; `dots` (all but
             products by weights); `offload` (as `dots`, with those products in the host's memory meanwhile); `full`. None leaves
             that to a plan. A layer with a `jax.checkpoint` of its own is left alone.
         offload: whether the optimizer's state is held in the host's memory, and streamed through the device while weights are

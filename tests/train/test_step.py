@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 import kpx
-from kpx.train.remat import rematerialized
+from kpx.train.model import adapted
+from kpx.train.remat import listed_layers, rematerialized
 from kpx.train.step import Step, split_rows
 
 WIDTH, LAYERS = 16, 4
@@ -56,6 +58,56 @@ def test_full_rematerialization_computes_every_layer_again():
         return module.cost.flops
 
     assert products("full") > products("dots") >= products("none")
+
+
+def _listed():
+    """A PyTorch model whose layers are modules in a list, with its loss; and rows."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(2 * WIDTH, WIDTH)
+
+        def forward(self, x):
+            return x + self.down(torch.nn.functional.gelu(self.up(x)))
+
+    torch.manual_seed(0)
+    model = adapted(
+        torch.nn.Sequential(*[Layer() for _ in range(LAYERS)]), lambda call, x: jnp.mean(call(x) ** 2), None
+    )
+    x = np.random.default_rng(0).standard_normal((8, WIDTH)).astype(np.float32)
+    return model, lambda p: model.loss(p, model.carried, x, jax.random.key(0))[0]
+
+
+def test_a_pytorch_models_layers_are_computed_again_and_its_gradients_stay():
+    model, loss = _listed()
+    found, flops = {}, {}
+    for policy in ("none", "dots", "full"):
+        gradient = jax.grad(rematerialized(loss, policy))
+        found[policy] = jax.jit(gradient)(model.params)
+        flops[policy] = kpx.compile(gradient, model.params, config=kpx.Config(level="none")).cost.flops
+    layers = 2 * 8 * WIDTH * 2 * WIDTH * 2 * LAYERS
+    assert flops["none"] <= flops["dots"] < flops["none"] + layers / 4
+    assert flops["full"] >= flops["none"] + layers / 2  # of each layer, what its gradient needs
+    for policy in ("dots", "full"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found[policy], found["none"])
+
+
+def test_layers_are_the_innermost_lists_of_modules_with_several_products():
+    def loss(w, x):
+        for stage in range(2):
+            for block in range(3):
+                with jax.named_scope(f"stages/{stage}/blocks_{block}"):
+                    for linear in range(2):
+                        with jax.named_scope(f"mlp/{linear}"):
+                            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    jaxpr = jax.make_jaxpr(loss)(jnp.ones((4, 4)), jnp.ones((4, 4))).jaxpr
+    ranges = listed_layers(jaxpr)
+    assert len(ranges) == 6
+    assert [end - first for first, end in ranges] == [4] * 6
+    assert listed_layers(jax.make_jaxpr(lambda w: jnp.sum(w @ w))(jnp.ones((4, 4))).jaxpr) == []
 
 
 def test_a_layer_with_a_checkpoint_of_its_own_is_left_alone():
