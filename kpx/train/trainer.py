@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kpx.buckets import Buckets
 from kpx.config import Config, resolve
 from kpx.errors import ConfigError, InputError
 from kpx.hardware.target import Target
@@ -25,6 +26,7 @@ from kpx.sharding.plan import Plan, plan
 from kpx.train import health
 from kpx.train.checkpoint import Checkpoints
 from kpx.train.distributed import ATTEMPT, Preemption, initialize
+from kpx.train.lengths import Lengths
 from kpx.train.model import adapted
 from kpx.train.step import State, Step
 
@@ -60,6 +62,9 @@ class Trainer:
             default.
         exchange: how gradients go between slices, hosts or processes where that is to be compressed: `bf16`, `int8`,
             `powersgd`, `topk`, or an `Exchange`. By default they go as they are.
+        buckets: lengths that sequences (dimension 1 of a batch's entries) are padded to, `kpx.Buckets(sequence=[512, 1024])`: each is
+            compiled once, and the plan is made for the longest.
+        padding: by the name of a batch's entry, what it is padded with, as `{"labels": -100}`; else zeros.
         config: what kpx may do, precision included: weights stay as they are given, products are lowered.
         checkpoints: a folder; without, nothing is saved. A trainer goes on from the last whole one in it.
         save_every: how many steps lie between checkpoints.
@@ -87,6 +92,8 @@ class Trainer:
         interleave: int = 1,
         exchange: str | Exchange | None = None,
         seed: int = 0,
+        buckets: Buckets | None = None,
+        padding: Mapping[str, float] | None = None,
         config: Config | None = None,
         checkpoints: str | os.PathLike | None = None,
         save_every: int = 100,
@@ -108,6 +115,7 @@ class Trainer:
                 f"`plan={plan!r}` is not known. It is 'auto', sizes of axes as {{'fsdp': 8}}, or a kpx.Plan."
             )
         self._asked = plan
+        self._lengths = None if buckets is None else Lengths(buckets, padding)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, keep=keep)
         self._save_every, self._log_every, self._hang_seconds = save_every, log_every, hang_seconds
         self.plan: Plan | None = None
@@ -153,6 +161,8 @@ class Trainer:
         """
         if isinstance(self._asked, Plan):
             return self._asked
+        if self._lengths is not None:
+            batch = self._lengths.padded(batch, largest=True)
         spec = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(np.shape(a), jax.dtypes.canonicalize_dtype(np.asarray(a).dtype)), batch
         )
@@ -213,6 +223,8 @@ class Trainer:
         like = jax.eval_shape(self.step.start, self._model.params, self._model.carried)
         Target.resolve(self._target)  # which must be here
         self.plan = self.planned(batch)
+        if self._lengths is not None:
+            self._lengths.check(self.plan.mesh.get("context", 1))
         self._run = self.plan.apply(self.step, config=self.config)
         at = self.plan.placed()
         self._batch_at = at[1]
@@ -246,6 +258,8 @@ class Trainer:
         return state, told
 
     def _placed(self, batch: Any) -> Any:
+        if self._lengths is not None:
+            batch = self._lengths.padded(batch)
         return jax.tree.map(_put, batch, self._batch_at)
 
 

@@ -13,6 +13,7 @@ import torch
 import kpx
 from kpx.errors import CheckpointError, CheckpointWarning, TrainingError
 from kpx.train import Trainer
+from tests.devices import on_four
 
 
 def _loss(params, batch):
@@ -61,6 +62,52 @@ def test_it_goes_on_from_the_last_checkpoint(tmp_path):
     second.close()
     assert list(ended.losses) == [5, 6, 7, 8]
     np.testing.assert_allclose(list(ended.losses.values()), _by_hand(8)[4:], rtol=1e-4)
+
+
+_BUCKETS = """
+import jax, jax.numpy as jnp, numpy as np, optax
+import kpx
+from kpx.train import Trainer
+rng, traced = np.random.default_rng(0), []
+params = {"table": rng.standard_normal((32, 8)) * 0.3, "out": rng.standard_normal((8, 32)) * 0.3}
+params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+def loss(params, batch):
+    traced.append(batch["ids"].shape)
+    logits, kept = params["table"][batch["ids"]] @ params["out"], batch["labels"] >= 0
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(kept, batch["labels"], 0))
+    return jnp.sum(each * kept) / jnp.sum(kept)
+def batches():
+    draw = np.random.default_rng(1)
+    for length in (9, 16, 12, 30, 5, 32):
+        ids = draw.integers(0, 32, (8, length)).astype(np.int32)
+        yield {"ids": ids, "labels": ids}
+def losses(**options):
+    return [*Trainer(loss, optax.adam(1e-2), params=params, log_every=1000, **options).fit(batches(), 6).losses.values()]
+wanted = losses(plan={"data": 4})
+buckets = kpx.Buckets(sequence=[16, 32])
+for plan in ({"fsdp": 4}, {"data": 2, "context": 2}):
+    traced.clear()
+    found = losses(plan=plan, buckets=buckets, padding={"labels": -100})
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert {length for _, length in traced} == {16, 32}, traced
+try:
+    losses(plan={"context": 4}, buckets=kpx.Buckets(sequence=[18, 32]), padding={"labels": -100})
+except kpx.ConfigError as error:
+    assert "do not divide the buckets [18]" in str(error)
+try:
+    losses(plan={"fsdp": 4}, buckets=kpx.Buckets(sequence=[16]))
+except kpx.InputError as error:
+    print("the same" if "largest bucket is 16" in str(error) else error)
+"""
+
+
+def test_sequences_of_many_lengths_train_in_a_few_over_a_mesh():
+    on_four(_BUCKETS)
+
+
+def test_buckets_of_rows_are_refused():
+    with pytest.raises(kpx.ConfigError, match="pads sequences alone"):
+        _trainer(buckets=kpx.Buckets(batch=[8, 16]))
 
 
 def _by_grain(kind):
