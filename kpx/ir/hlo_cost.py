@@ -126,6 +126,8 @@ class _Walk:
                 yield from self.computation(c, count)
         elif i.opcode.removesuffix("-start") in COLLECTIVES:
             yield self._sent(i, within, count)
+        elif i.opcode == "send" and "_xla_megascale_target" in i.attributes:
+            yield self._between_slices(i, within, count)
         elif i.opcode == "fusion" and called:
             yield from self._fusion(i, within, called[0], count)
         elif i.opcode in _PREFETCHES:
@@ -200,6 +202,18 @@ class _Walk:
         operation = i.operation or operation
         sent = Collective(kind, sum(a.bytes for a in whole), axes, tuple(group), count, operation)
         return Work(i.name, i.opcode, operation, self._program.source(i), 0.0, 0.0, "", 0.0, count, sent)
+
+    def _between_slices(self, i: Instruction, within: Computation, count: int) -> Work:
+        """What TPU slices exchange, over the hosts' network: a send to libtpu's runtime, and a receipt of what it makes of all."""
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+        kind = found[1].lower().replace("_", "-") if found else "collective-permute"
+        target = re.search(r"_xla_megascale_target=\"?\{+([\d,]+)\}", i.attributes)
+        slices = len(target[1].split(",")) if target else 2
+        group = [number * (math.prod(self._mesh.values()) // slices) for number in range(slices)]
+        sent = _operand(i, within, 0)
+        size = (sent.bytes if sent else 0) * (slices if kind == "all-gather" else 1)
+        exchange = Collective(kind, size, _axes(group, self._mesh), tuple(group), count, i.operation)
+        return Work(i.name, i.opcode, i.operation, self._program.source(i), 0.0, 0.0, "", 0.0, count, exchange)
 
 
 # Products --------------------------------------------------------------------------------------

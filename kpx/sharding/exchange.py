@@ -225,6 +225,21 @@ class Groups:
     specs: Any = None
 
 
+@dataclass(frozen=True)
+class Between:
+    """An exchange of gradients between groups along `data` that is not the partitioner's.
+
+    Attributes:
+        sent: of the shapes of a device's gradients: what it exchanges, by kind, and the bytes of each.
+        weights: places of the arguments that gradients are of.
+    """
+
+    sent: Callable[[list[tuple[int, ...]]], list[tuple[str, float]]]
+    weights: tuple[int, ...]
+
+    axis = AXIS
+
+
 def matrices(shape: Sequence[int], rank: int) -> tuple[int, ...] | None:
     """An array as matrices, `(..., rows, columns)`: of its last two dimensions, or where those are short (a convolution's window)
     of all; None where factors of such a rank would not be half as large."""

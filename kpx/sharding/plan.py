@@ -23,11 +23,11 @@ from kpx.runtime.build import lower_for
 from kpx.sharding import fused, graph, search
 from kpx.sharding.constrain import constrain
 from kpx.sharding.dims import Dims, Roles, roles_of
-from kpx.sharding.exchange import Groups
+from kpx.sharding.exchange import Between, Groups
 from kpx.sharding.explain import explained, text
 from kpx.sharding.explain import variant as _said
 from kpx.sharding.layout import Axes, Layout, Sharding
-from kpx.sharding.price import Between, Exchange, Price, Pricing
+from kpx.sharding.price import Exchange, Price, Pricing
 
 GOALS = ("time", "memory")
 _KEPT = 8  # runners-up

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kpx.hardware.target import Target
 from kpx.sharding.dims import Dims
+from kpx.sharding.exchange import Between
 from kpx.sharding.fabric import Fabric
 from kpx.sharding.graph import TO_DEVICE, TO_HOST, Graph, Op
 from kpx.sharding.layout import Axes, Layout, Sharding
@@ -85,21 +86,6 @@ class Price:
             size, seconds = found.setdefault(e.axes, {}).get(e.kind, (0.0, 0.0))
             found[e.axes][e.kind] = (size + e.bytes * e.count, seconds + e.seconds)
         return found
-
-
-@dataclass(frozen=True)
-class Between:
-    """An exchange of gradients between groups along `data` that is not the partitioner's.
-
-    Attributes:
-        sent: of the shapes of a device's gradients: what it exchanges, by kind, and the bytes of each.
-        weights: places of the arguments that gradients are of.
-    """
-
-    sent: Callable[[list[tuple[int, ...]]], list[tuple[str, float]]]
-    weights: tuple[int, ...]
-
-    axis = "data"
 
 
 class Pricing:
