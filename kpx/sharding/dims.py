@@ -143,11 +143,7 @@ class Dims:
             ties.setdefault(b, []).append(a)
         for value in list(found):
             self._tied(value, found, ties)
-        for op in graph.ops:  # operands come before their operation
-            arrays = [v for v in op.operands if graph.shapes[v] and v not in graph.closed]
-            if self._keeps(op) and arrays and all(v in found for v in arrays):
-                for result in op.results:
-                    self._tied(result, found, ties)
+        self._follow(found, ties)
         waiting = [graph.returned[i] for i in self.roles.becomes]
         while waiting:
             value = waiting.pop()
@@ -170,7 +166,17 @@ class Dims:
                             for v in graph.ops[producer].operands
                             if v not in found and v not in graph.closed and graph.shapes[v]
                         ]
+        self._follow(found, ties)  # what is made of gradients too, as their norm
         return frozenset(found)
+
+    def _follow(self, found: set[int], ties: dict[int, list[int]]) -> None:
+        """Adds what is made of stored values alone."""
+        graph = self.graph
+        for op in graph.ops:  # operands come before their operation
+            arrays = [v for v in op.operands if graph.shapes[v] and v not in graph.closed]
+            if self._keeps(op) and arrays and all(v in found for v in arrays):
+                for result in op.results:
+                    self._tied(result, found, ties)
 
     def _keeps(self, op: Op) -> bool:
         """Whether what an operation gives lies as what it takes: by place, and not repeated."""

@@ -332,6 +332,8 @@ class _Run:
         # A table may stay where it lies, and rows be brought to it; along several axes partitioners gather the rows whole.
         if op.kind in ("gather", "scatter") and layout.storage and sum(n > 1 for n in layout.mesh.values()) == 1:
             ways.append(self._way(op, [*results, *operands], stays=True))
+        if op.kind == "reduce" and not op.group and op.operands[0] in self.p.dims.stored:  # a norm of gradients, say
+            ways.append(self._way(op, [*operands, *results], stays=True))
         way = min(ways, key=lambda way: sum(self._seconds(s) for s in way.sent))
         self.ways[number] = way
         self._settle(op, way)
@@ -424,8 +426,7 @@ class _Run:
 
     def _brought(self, way: Way, op: Op, value: int, has: Sharding, wanted: Sharding) -> None:
         """Exchanges that bring an operand to where an operation needs it."""
-        # A lookup's table is gathered apart from that of a product with it.
-        key = (value, wanted, -1 - op.region if op.kind == "gather" else op.region)
+        key = (value, wanted, self._round(op))
         if has == wanted or key in self.gathered or key in way.gathered:
             return
         is_weight = value in self.p.dims.stored
@@ -442,6 +443,13 @@ class _Run:
             way.sent.append(Sent("all-gather", gathered, size, is_weight))
         in_turn = op.group and set(gathered) <= {"context"}
         way.gathered[key] = size / self.layout.parts(gathered) if in_turn else size
+
+    def _round(self, op: Op) -> int:
+        """Within what an array is brought once: a region; but a lookup's table apart from that of a product with it, and a kernel
+        whose sequence is split sends in each of its passes."""
+        if op.group and self.layout.mesh.get("context", 1) > 1:
+            return -1 - len(self.graph.regions) - op.results[0]
+        return -1 - op.region if op.kind == "gather" else op.region
 
     def _summed(self, way: Way, value: int, made: Sharding, partial: Axes, at_once: bool) -> None:
         """Exchanges that make a result whole of the parts of a sum, and bring it to where it lies.
@@ -523,7 +531,8 @@ class _Run:
         overlaps, time = sent.overlaps, self.times[op.region]
         if op.group and set(axes) <= {"context"} and kind != "all-reduce":  # a kernel's ring: each part in turn
             parts = self.layout.parts(axes)
-            kind, size, overlaps = "collective-permute", size / parts, True
+            wider = 4 / self.graph.itemsizes[op.results[0]] if sent.is_sum else 1.0  # sums go round in f32
+            kind, size, overlaps = "collective-permute", size / parts * wider, True
             if self.fabric is not None:
                 seconds = parts * self.fabric.seconds(kind, size, axes)
             self.exchanges.append(Exchange(kind, axes, size, count * parts, seconds * count, overlaps, op.path))

@@ -145,6 +145,17 @@ def _between(exchanges):
 
 
 @_needs_cuda
+def test_a_steps_exchanges_are_those_foreseen_with_its_gradients_norm():
+    plan, compiled = _compiled(None)
+    foreseen, real = collections.Counter(), collections.Counter()
+    for exchanges, found in ((plan.collectives, foreseen), (compiled.collectives, real)):
+        for e in exchanges:
+            found[e.kind] += e.bytes * e.count
+    for kind in ("all-gather", "all-reduce", "reduce-scatter"):
+        assert foreseen[kind] == pytest.approx(real[kind], rel=0.1), (kind, foreseen, real)
+
+
+@_needs_cuda
 def test_int8_sends_a_quarter_of_the_bytes_of_f32():
     (_, plain), (plan, compiled) = _compiled(None), _compiled("int8")
     whole, found = _between(plain.collectives), _between(compiled.collectives)
