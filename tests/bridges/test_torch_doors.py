@@ -224,7 +224,9 @@ def compiled_graphs(monkeypatch):
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["Llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Mistral", "Mixtral"))]
+)
 def test_greedy_generation_is_eagers_token_for_token(kind, compiled_graphs):
     model = _language_model(kind)
     ids = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -67,6 +67,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_attention_in_rematerialized_layers_of_a_scan_is_split():
     on_four(_LAYERS)
 
@@ -95,6 +96,7 @@ def test_a_ring_fits_where_plain_attention_does_not():
 
 
 @pytest.mark.skipif(plugins.find("tpu") is None, reason="the TPU's compiler is not installed: not run")
+@pytest.mark.slow
 def test_a_way_can_be_asked_for_by_name():
     specs = _specs("tpu-v5e:2x4", 2048, heads=8)
     found = {}

@@ -66,6 +66,7 @@ def test_each_row_is_multiplied_with_its_groups_matrix(sizes, seed, dtype):
         assert_closer(made, other, wanted, relative=1e-6 if dtype == np.float32 else 4e-3)
 
 
+@pytest.mark.slow
 def test_it_differentiates_twice_forward_and_reverse_and_batches():
     x, weight, cotangent, sizes = _case(18, 4, 6, 5, 0)
     product = functools.partial(kpx.ops.grouped_matmul, group_sizes=sizes)

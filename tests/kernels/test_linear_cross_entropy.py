@@ -78,7 +78,9 @@ def test_it_can_be_batched():
     np.testing.assert_allclose(batched, kpx.ops.linear_cross_entropy(x, weight, labels), rtol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["cuda:h100", "tpu-v5e", "rocm:mi300x"])
+@pytest.mark.parametrize(
+    "target", ["cuda:h100", *(pytest.param(t, marks=pytest.mark.slow) for t in ("tpu-v5e", "rocm:mi300x"))]
+)
 def test_a_gradient_takes_a_tenth_of_the_memory_of_the_logits(target):
     tokens, vocabulary, size = 8192, 32000, 256
     x, weight = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((tokens, size), (vocabulary, size)))

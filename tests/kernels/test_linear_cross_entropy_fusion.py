@@ -229,5 +229,6 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives():
     on_four(RUN)

@@ -290,6 +290,7 @@ def _elsewhere(before="", **variables):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_without_its_package_everything_is_as_before():
     hides = "import importlib.metadata as d; f = d.files; d.files = lambda n: None if n.startswith('onednn') else f(n)"
     missing, called, error = _elsewhere(hides)
@@ -298,6 +299,7 @@ def test_without_its_package_everything_is_as_before():
     assert error < 1e-4
 
 
+@pytest.mark.slow
 def test_without_a_working_compiler_everything_is_as_before(tmp_path):
     missing, called, error = _elsewhere(CXX="no-such-compiler", XDG_CACHE_HOME=tmp_path)
     assert "compiler" in missing

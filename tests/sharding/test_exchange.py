@@ -61,6 +61,7 @@ def _trains(steps, cases):
     on_four(f"STEPS, CASES, LEAST = {steps}, {cases}, {_LEAST}\n" + _TRAINS)
 
 
+@pytest.mark.slow
 def test_in_int8_it_trains_as_without():
     _trains(20, [("int8", {"fsdp": 2})])
 
@@ -168,6 +169,7 @@ def test_int8_sends_a_quarter_of_the_bytes_of_f32():
 
 @_needs_cuda
 @pytest.mark.parametrize("fixed", [{"fsdp": 8}, pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_inside_groups_the_same_kernels_are_fused(fixed):
     sizes = llama.Sizes(width=1024, hidden=2048, layers=2, heads=16, kv_heads=8, vocabulary=8192)
     options = {"fixed": {"data": 2, **fixed}, "sizes": sizes, "dtype": jnp.bfloat16}

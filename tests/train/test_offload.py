@@ -117,7 +117,9 @@ _needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's 
 
 
 @_needs_cuda
-@pytest.mark.parametrize("options", [{"offload": True, "remat": "full"}, {"remat": "offload"}])
+@pytest.mark.parametrize(
+    "options", [{"offload": True, "remat": "full"}, pytest.param({"remat": "offload"}, marks=pytest.mark.slow)]
+)
 def test_the_compiler_counts_less_memory_of_the_device(options):
     kept = {"remat": "full"} if "offload" in options else {"remat": "dots"}
     (plain, step), (plan, other) = (_planned("cuda:h100:1x4", **given) for given in (kept, options))
@@ -131,6 +133,7 @@ def test_the_compiler_counts_less_memory_of_the_device(options):
     assert plan.price.argument_bytes == pytest.approx(after.argument_bytes, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_plan_takes_the_hosts_memory_where_nothing_else_fits():
     large = llama.Sizes(width=4096, hidden=14336, layers=16, heads=32, kv_heads=8, vocabulary=32000)
     step = _step(large, remat=None, microbatches=4, offload=None)
