@@ -30,6 +30,9 @@ _BLOCK = 512  # numbers of one scale, or of which the largest are kept
 class Exchange:
     """How gradients go between groups of devices.
 
+    Each group's loss is a mean over its own rows, and all count the same, as microbatches' do: a loss whose rows do not count alike
+    (a mean over tokens, some of them hidden) is another's.
+
     Attributes:
         kind: `bf16`: rounded. `int8`: in blocks of 512 with a scale each, with error feedback. `powersgd`: matrices as products of
             two of low rank (arXiv 1905.13727), with error feedback; vectors whole. `topk`: of each block of 512 the largest alone,

@@ -68,7 +68,8 @@ def text(plan: Plan) -> str:
 
 
 def variant(chosen: Mapping) -> str:
-    return " (" + ", ".join(f"{k} {v}" for k, v in chosen.items()) + ")" if chosen else ""
+    said = [k if v is True else f"{k} {v}" for k, v in chosen.items() if v is not False]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def gib(size: float) -> str:

@@ -91,11 +91,12 @@ class Plan:
         if self.mesh.get("pipeline", 1) > 1:
             varied = varied.along(self._mesh_here)
         else:
-            if getattr(varied, "exchange", None) is not None:
-                specs = jax.tree.map(lambda s: s.spec, self.shardings[0].params)
-                varied = varied.among(Groups(self._mesh_here, specs))
-            varied = self._with_experts(varied)
+            varied = self._in_groups(varied) if getattr(varied, "exchange", None) else self._with_experts(varied)
         return jit(varied, target=self.target, config=config, before=self.put_into, **options)
+
+    def _in_groups(self, step: Any) -> Any:
+        """The step, whose groups along `data` exchange gradients. Mixtures of experts in a group are the partitioner's."""
+        return step.among(Groups(self._mesh_here, jax.tree.map(lambda s: s.spec, self.shardings[0].params)))
 
     def _with_experts(self, step: Callable) -> Callable:
         """The step, whose mixtures of experts are traced for the mesh."""
@@ -287,14 +288,16 @@ class _Planner:
 
     def _with_groups(self, count: int) -> dict[str, int]:
         """The axes to keep, with that of groups."""
-        given, pipeline = self.fixed.get("data", count), self.fixed.get("pipeline", 1)
-        if given != count or pipeline > 1 or self.devices % count:
+        asked = {"data": count, "pipeline": 1, "expert": 1} | {
+            a: n for a, n in self.fixed.items() if a in ("data", "pipeline", "expert")
+        }
+        if asked != {"data": count, "pipeline": 1, "expert": 1} or self.devices % count:
+            told = ", ".join(f"{a}={n}" for a, n in asked.items())
             raise ConfigError(
-                f"Gradients go between {count} groups along the axis 'data', and the plan is to have data={given} and pipeline="
-                f"{pipeline} on {self.devices} devices. Leave 'data' and 'pipeline' to the exchange, and take groups that divide the "
-                "devices."
+                f"Gradients go between {count} groups along the axis 'data', and the plan is to have {told} on {self.devices} devices. "
+                "Leave these axes to the exchange, and take groups that divide the devices."
             )
-        return {**self.fixed, "data": count}
+        return {**self.fixed, "data": count, "expert": 1}
 
     def _dims(self, step: Callable) -> Dims:
         # A function of its own, so that JAX does not hand out a module that was rewritten.

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kpx.buckets import Buckets
 from kpx.config import Config, resolve
-from kpx.errors import ConfigError, InputError
+from kpx.errors import CheckpointError, ConfigError, InputError
 from kpx.hardware.target import Target
 from kpx.sharding.exchange import Exchange
 from kpx.sharding.plan import Plan, plan
@@ -105,6 +105,7 @@ class Trainer:
         self.config = resolve(config)
         self._model = adapted(model, loss, params)
         self._target = Target.resolve(target, may_be_absent=True)
+        self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, keep=keep)
         exchange = self._grouped(exchange)
         self.step = Step(
             self._model.loss, optimizer, clip=clip, microbatches=microbatches, remat=remat, offload=offload, seed=seed,
@@ -116,7 +117,6 @@ class Trainer:
             )
         self._asked = plan
         self._lengths = None if buckets is None else Lengths(buckets, padding)
-        self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, keep=keep)
         self._save_every, self._log_every, self._hang_seconds = save_every, log_every, hang_seconds
         self.plan: Plan | None = None
         self.state: State | None = None
@@ -176,7 +176,8 @@ class Trainer:
             self._checkpoints.close()
 
     def _grouped(self, exchange: str | Exchange | None) -> Exchange | None:
-        """The exchange, with its groups: the target's slices, or its hosts, or the processes; none between one group."""
+        """The exchange, with its groups: the target's slices, or its hosts, or the processes; none between one group, but where
+        several left something over."""
         if isinstance(exchange, str):
             exchange = Exchange(exchange)
         if exchange is None:
@@ -186,7 +187,10 @@ class Trainer:
             groups = len({d.slice_index for d in jax.devices("tpu")}) if target.is_present else target.slices
         elif groups is None:
             groups = target.shape[0] if len(target.shape) > 1 else jax.process_count()
-        return dataclasses.replace(exchange, groups=groups) if groups > 1 else None
+        carries = self._checkpoints is not None and any(
+            n.startswith("exchange/") for n in self._checkpoints.saved_shapes()
+        )
+        return dataclasses.replace(exchange, groups=groups) if groups > 1 or carries else None
 
     def _loop(self, stream: _Stream, start: int, steps: int, watch, stop, log: _Log) -> Ended:
         losses: dict[int, float] = {}
@@ -240,11 +244,17 @@ class Trainer:
     def _restored(self, checkpoints: Checkpoints, structs: State) -> tuple[State, dict[str, Any]] | None:
         """The last checkpoint; what another number of groups had left of their gradients is these groups' in equal parts."""
         exchange, wanted = self.step.exchange, structs.exchange
-        saved = {n for name, shape in checkpoints.saved_shapes().items() if "exchange/left" in name for n in shape[:1]}
+        shapes = {n: s for n, s in checkpoints.saved_shapes().items() if n.startswith("exchange/")}
+        saved = {shape[0] for name, shape in shapes.items() if name.startswith("exchange/left/")}
         others = bool(exchange and saved and saved != {exchange.count})
         if others:
             left = jax.tree.map(lambda s: _of_groups(s, saved.copy().pop()), wanted["left"])
             structs = dataclasses.replace(structs, exchange={**wanted, "left": left})
+        elif shapes and exchange is None:
+            raise CheckpointError(
+                f"The checkpoint in `{checkpoints.folder}` carries what a compressed exchange of gradients left over, and this run has "
+                "none. Train with `exchange=`, or in another folder."
+            )
         if (found := checkpoints.restore(structs)) is None:
             return None
         _, state, told = found

@@ -216,6 +216,7 @@ def test_matrices_are_of_the_last_two_dimensions_or_of_all():
 _REGROUPED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
+import kpx
 from kpx.train import Exchange, Trainer
 def loss(params, batch):
     return jnp.mean((batch @ params["w"]) ** 2)
@@ -236,6 +237,16 @@ found = np.asarray(second.state.exchange["left"]["w"])
 second.close()
 assert kept.shape[0] == 4 and found.shape[0] == 2 and np.abs(kept).max() > 0
 np.testing.assert_allclose(found.mean(0), kept.mean(0), atol=1e-6)
+third = trainer(1)
+assert len(third.fit(data(), 5).losses) == 2
+third.close()
+assert third.state.exchange["left"]["w"].shape[0] == 1
+try:
+    Trainer(loss, optax.sgd(0.1), params={"w": jnp.ones((16, 8))}, checkpoints=sys.argv[1]).fit(data(), 6)
+except kpx.errors.CheckpointError as error:
+    assert "left over" in str(error)
+else:
+    raise SystemExit("it went on")
 print("the same")
 """
 
