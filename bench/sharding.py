@@ -5,11 +5,14 @@
 The hand-written layouts are those that MaxText publishes for these models (its scripts end_to_end/tpu: weights fully sharded over
 all chips, alone or with a tensor axis), under the same cost model. The plan's peak memory is the TPU compiler's, where it is
 installed. Steps are AdamW, bf16 products over f32 weights, each layer rematerialized.
+
+Gradients between two hosts of eight H100s, as compiled: the bytes that a device sends of each kind of exchange, beside those of f32.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -26,6 +29,8 @@ import kpx
 from bench import llama
 from kpx.hardware import plugins
 from kpx.hardware.cpu import model
+from kpx.sharding import exchange
+from kpx.train import Step
 
 SIZES = {
     "Llama-2-7B": llama.Sizes(4096, 11008, 32, 32, 32, 32000),
@@ -40,24 +45,27 @@ CASES = (
 )
 LARGE = ("Llama-3-8B", "tpu-v5p:16x16x16", 4096, 4096)
 OPTIMIZER = optax.adamw(3e-4)
+# what is exchanged between hosts, of a small Llama in f32
+HOSTS, SMALL = "cuda:h100:2x8", llama.Sizes(512, 1024, 4, 8, 8, 4096)
 
 
 def step(sizes: llama.Sizes) -> Any:
     """A training step with no word of shardings."""
 
-    def loss(weights, tokens):
-        narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
-        layer = jax.checkpoint(lambda x, w: (llama._layer(x, w, sizes), None))
-        x, _ = jax.lax.scan(layer, narrow["embedding"][tokens], narrow["layers"])
-        logits = (llama._norm(x, narrow["norm"]) @ narrow["embedding"].T).astype(jnp.float32)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]))
-
     def trained(weights, state, tokens):
-        value, gradient = jax.value_and_grad(loss)(weights, tokens)
+        value, gradient = jax.value_and_grad(_loss)(weights, tokens, sizes)
         updates, state = OPTIMIZER.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state, value
 
     return trained
+
+
+def _loss(weights: Any, tokens: jax.Array, sizes: llama.Sizes, dtype: Any = jnp.bfloat16) -> jax.Array:
+    narrow = jax.tree.map(lambda w: w.astype(dtype), weights)
+    layer = jax.checkpoint(lambda x, w: (llama._layer(x, w, sizes), None))
+    x, _ = jax.lax.scan(layer, narrow["embedding"][tokens], narrow["layers"])
+    logits = (llama._norm(x, narrow["norm"]) @ narrow["embedding"].T).astype(jnp.float32)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]))
 
 
 def specs(sizes: llama.Sizes, batch: int, length: int) -> tuple[Any, ...]:
@@ -101,6 +109,25 @@ def compared(name: str, target: str, batch: int, length: int, by_hand: Any, comp
     return row
 
 
+def exchanged() -> dict[str, float]:
+    """Of each kind of exchange of gradients between hosts, the bytes that a device sends, over those of f32."""
+    groups, found = 2, {}
+    weights, _, tokens = specs(SMALL, 32, 1024)
+    for kind in (None, *exchange.KINDS):
+        loss = functools.partial(_loss, sizes=SMALL, dtype=jnp.float32)
+        trained = Step(
+            lambda params, carried, batch, key, loss=loss: (loss(params, batch), (carried, {})), OPTIMIZER,
+            exchange=exchange.Exchange(kind, groups) if kind else None,
+        )  # fmt: skip
+        state = jax.eval_shape(trained.start, weights)
+        plan = kpx.plan(trained, state, tokens, target=HOSTS, fixed={"data": groups, "fsdp": 8}, confirm=0)
+        compiled = kpx.compile(plan.apply(trained), *plan.specs, target=HOSTS)
+        between = [c for c in compiled.collectives if c.axes == ("data",)]
+        # A sum goes round twice, what is gathered or exchanged once.
+        found[kind or "f32"] = sum(c.bytes * c.count * (2 if c.kind == "all-reduce" else 1) for c in between)
+    return {kind: size / found["f32"] for kind, size in found.items()}
+
+
 def environment() -> dict[str, Any]:
     """The machine and the versions, as they are written beside what was measured."""
     return {
@@ -118,6 +145,9 @@ def run(compiles: bool, progress: Console) -> dict[str, Any]:
     progress.print(f"{LARGE[0]} on {LARGE[1]}")
     plan, seconds = planned(*LARGE)
     found["large"] = {"target": LARGE[1], "planning seconds": seconds, "plan": plan.mesh}
+    if plugins.find("cuda") is not None:
+        progress.print(f"exchanges of gradients between hosts of {HOSTS}")
+        found["bytes between hosts"] = exchanged()
     return found
 
 
@@ -147,6 +177,10 @@ def show(console: Console, found: dict[str, Any]) -> None:
     console.print(
         f"{LARGE[0]} on {LARGE[1]}: planned in {found['large']['planning seconds']:.1f} s: {found['large']['plan']}"
     )
+    if sent := found.get("bytes between hosts"):
+        console.print(
+            "Gradients between hosts, bytes over f32's: " + ", ".join(f"{k} {n:.3f}" for k, n in sent.items())
+        )
 
 
 def main() -> int:
