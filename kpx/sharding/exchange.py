@@ -36,7 +36,7 @@ class Exchange:
     Attributes:
         kind: `bf16`: rounded. `int8`: in blocks of 512 with a scale each, with error feedback. `powersgd`: matrices as products of
             two of low rank (arXiv 1905.13727), with error feedback; vectors whole. `topk`: of each block of 512 the largest alone,
-            with error feedback (arXiv 1809.07599).
+            with error feedback (arXiv 1809.07599). These two are for SGD with momentum: Adam's norms tell apart what comes late.
         groups: along the axis `data`; None: a `Trainer` takes the target's slices, else its hosts, else the processes.
         rank: of `powersgd`.
         kept: of `topk`, how many of each block.

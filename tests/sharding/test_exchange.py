@@ -20,22 +20,23 @@ from tests.sharding.steps import llama_loss, specs
 MEDIUM = llama.Sizes(width=512, hidden=1024, layers=4, heads=8, kv_heads=8, vocabulary=4096)
 
 
-def _step(kind, groups=2, sizes=MEDIUM, dtype=jnp.float32, **options):
+def _step(kind, groups=2, sizes=MEDIUM, dtype=jnp.float32, optimizer=None, **options):
     loss = llama_loss(sizes, dtype)
     exchange = Exchange(kind, groups) if kind else None
     carrying = lambda params, carried, batch, key: (loss(params, batch), (carried, {}))  # noqa: E731
-    return Step(carrying, optax.adam(3e-3), exchange=exchange, **options)
+    return Step(carrying, optimizer or optax.adam(3e-3), exchange=exchange, **options)
 
 
 _TRAINS = """
 import sys
-import jax, numpy as np
+import jax, numpy as np, optax
 import kpx
 from tests.sharding.steps import SMALL, batches, start
 from tests.sharding.test_exchange import _step
 (params, _), data = start(), batches(1) * STEPS
-def losses(kind, fixed):
-    step = _step(kind, sizes=SMALL, microbatches=1, remat="none")
+MOMENTUM = optax.sgd(0.3, momentum=0.9)
+def losses(kind, fixed, optimizer):
+    step = _step(kind, sizes=SMALL, optimizer=optimizer, microbatches=1, remat="none")
     state = step.start(params)
     plan = kpx.plan(step, state, data[0], target="cpu", fixed=fixed)
     run, at, found = plan.apply(step), plan.placed(), []
@@ -44,17 +45,21 @@ def losses(kind, fixed):
         state, told = run(state, jax.device_put(tokens, at[1]))
         found.append(float(told["loss"]))
     return found
-wanted = losses(None, {"fsdp": 4})
+whole = {}
 for kind, fixed in CASES:
-    found = losses(kind, fixed)
+    # What is left out for many steps is told apart by Adam's norms: those kinds are for momentum.
+    optimizer = MOMENTUM if kind in ("powersgd", "topk") else None
+    if optimizer not in whole:
+        whole[optimizer] = losses(None, {"fsdp": 4}, optimizer)
+    wanted, found = whole[optimizer], losses(kind, fixed, optimizer)
     fallen = (found[0] - found[-1]) / (wanted[0] - wanted[-1])
     assert abs(found[0] - wanted[0]) < 1e-5, (kind, found[0], wanted[0])
-    assert fallen > LEAST[kind], (kind, found, wanted)
+    assert fallen > LEAST[kind], (kind, fallen, found[::10], wanted[::10])
     if kind in ("bf16", "int8"):
         np.testing.assert_allclose(found, wanted, rtol=0.01)
 print("the same")
 """
-_LEAST = {"bf16": 0.99, "int8": 0.99, "powersgd": 0.8, "topk": 0.5}
+_LEAST = {"bf16": 0.99, "int8": 0.99, "powersgd": 0.7, "topk": 0.7}
 
 
 def _trains(steps, cases):
