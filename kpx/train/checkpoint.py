@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -69,12 +70,11 @@ class Checkpoints:
         refused: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._check(step, like)
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(like), told=ocp.args.JsonRestore())
-                found = self._manager.restore(step, args=args)
-            except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
-                refused.append(f"of step {step} ({type(error).__name__}: {str(error).splitlines()[0][:120]})")
+            found, why = self._read(step, like)
+            if not _by_all(found is not None):
+                refused.append(f"of step {step} ({why or 'another process could not read it'})")
                 continue
+            assert found is not None
             if refused:
                 warnings.warn(
                     f"Checkpoints in `{self.folder}` cannot be read: {', '.join(refused)}. That of step {step} is used instead; "
@@ -90,6 +90,14 @@ class Checkpoints:
                 "in another."
             )
         return None
+
+    def _read(self, step: int, like: Any) -> tuple[Any, str]:
+        """A checkpoint, or None and why it cannot be read."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), told=ocp.args.JsonRestore())
+        try:
+            return self._manager.restore(step, args=args), ""
+        except (ValueError, OSError, KeyError, RuntimeError, TypeError) as error:
+            return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Renames checkpoints, so that their steps can be saved again and nothing is lost."""
@@ -134,6 +142,13 @@ class Checkpoints:
         self._manager.close()
         if self._lock is not None:
             self._lock.release()
+
+
+def _by_all(done: bool) -> bool:
+    """Whether every process says so."""
+    if jax.process_count() == 1:
+        return done
+    return bool(np.all(multihost_utils.process_allgather(np.array(done))))
 
 
 def _shapes(state: Any) -> dict[str, tuple[int, ...]]:

@@ -165,3 +165,42 @@ def test_it_goes_on_from_eight_devices_on_four_and_back(alone, tmp_path):
         assert min(some) == len(found) + 1
         found |= some
     np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
+
+
+_DISAGREES = """
+import os, sys
+import numpy as np
+from kpx.train import Trainer, initialize
+initialize()
+import jax.numpy as jnp, optax
+from kpx.train.checkpoint import Checkpoints
+from kpx.train.distributed import NUMBER
+reads = Checkpoints._read
+def read(self, step, like):  # the second process's disk is at fault
+    found = reads(self, step, like)
+    return (None, "planted") if os.environ[NUMBER] == "1" and step == 4 and sys.argv[2] == "6" else found
+Checkpoints._read = read
+def data():
+    rng = np.random.default_rng(0)
+    while True:
+        yield rng.standard_normal((8, 16)).astype(np.float32)
+trainer = Trainer(lambda p, b: jnp.mean((b @ p["w"]) ** 2), optax.adam(0.1), params={"w": jnp.ones((16, 8))}, plan={"fsdp": 2},
+                  checkpoints=sys.argv[1], save_every=2, log_every=1)
+trainer.fit(data(), int(sys.argv[2]))
+trainer.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "kept"
+    script.write_text(_DISAGREES)
+    told = []
+    for steps in (4, 6):
+        command = [sys.executable, "-m", "kpx", "launch", "--processes", "2", str(script), str(folder), str(steps)]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told.append(_losses(done.stdout))
+    assert list(told[1]) == [3, 4, 5, 6]
+    np.testing.assert_allclose(told[1][4], told[0][4], rtol=1e-6)
+    assert "another process could not read it" in done.stderr
