@@ -31,6 +31,7 @@ from kpx.passes import (
     precision,
     repeated,
     rolled,
+    scattered_sums,
 )
 from kpx.passes.composites import Device
 from kpx.passes.shardings import drop_open
@@ -209,6 +210,12 @@ def _kernels_for(module: ir.Module, context: Context, *, spread: bool = False) -
     return context.device if context.config.may_be_inexact and context.device.is_known and (one or spread) else None
 
 
+def scatter_sums(module: ir.Module, context: Context) -> None:
+    """A stage's body that has sums exchange their parts themselves, for a compiler that would not as planned."""
+    if count := scattered_sums.scatter(module, context.device):
+        context.fusions["kpx.scattered_sum"] = count
+
+
 def find_layers(module: ir.Module, context: Context) -> None:
     """A stage's body that holds layers that are alike apart from the module, where they may become a loop."""
     config = context.config
@@ -268,6 +275,7 @@ def stages(context: Context) -> list[Stage]:
         Stage("choose kernels", choose_kernels),
         *([Stage("pack weights", pack)] if on_cpu else []),
         last,
+        *([Stage("scatter sums", scatter_sums)] if scattered_sums.FEATURE in context.features else []),
         Stage("roll layers", roll_layers),
         Stage("finish", mlir("cse,symbol-dce")),
     ]

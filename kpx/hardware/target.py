@@ -174,13 +174,18 @@ class Target:
     def features(self) -> frozenset[str]:
         """What the pipeline may count on: `bf16_tiles` (bf16 products run several times faster than f32 ones: a
         CPU with AMX), `mkl` and `onednn` (their products can be called); of an accelerator its units for few bits (see
-        `Chip.units`)."""
+        `Chip.units`), and `scatters` (its compiler keeps scattered sums where it is given them, and makes none itself)."""
         if self.platform != "cpu":
-            return frozenset(self.spec.units if self.spec else ())
+            return frozenset(self.spec.units if self.spec else ()) | ({"scatters"} if self._scatters else set())
         if self.isa is not None:
             return frozenset({"bf16_tiles"} if self.isa == "amx" else ())
         found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available(), "onednn": onednn.available()}
         return frozenset(name for name, has in found.items() if has)
+
+    @property
+    def _scatters(self) -> bool:
+        # Of one slice, and of a three-dimensional torus, libtpu (0.0.42) makes a sum of all and a slice of what is scattered.
+        return self.platform == "tpu" and self.slices > 1 and self.spec is not None and self.spec.links.dimensions == 2
 
     def compiler_options(self, module: Any) -> dict[str, Any]:
         """XLA options for a module's executable on this target."""

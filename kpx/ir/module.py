@@ -265,6 +265,20 @@ def merge(target: ir.Module, source: ir.Module, name: str) -> str:
         return jax_mlir.merge_mlir_modules(target, name, source)
 
 
+def call(target: ir.Module, source: ir.Module, name: str, operands: Sequence[Value], before: Any) -> list[Value]:
+    """Moves `source`'s functions into `target`, calls its `main` before an op of it, and gives the results.
+
+    A mesh that `source` has is taken to be `target`'s.
+    """
+    types = [r.type for r in entry_block(main(source)).operations[-1].operands]
+    for op in list(source.body.operations):
+        if op.operation.name == "sdy.mesh":
+            op.operation.erase()
+    symbol = merge(target, source, name)
+    with target.context, ir.InsertionPoint(before.operation), before.operation.location:
+        return list(func.CallOp(types, ir.FlatSymbolRefAttr.get(symbol), list(operands)).results)
+
+
 # Reading ----------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kpx.ir import cost
 from kpx.ir import module as m
-from kpx.ir.module import Value, func, ir
+from kpx.ir.module import Value, ir
 from kpx.jax_internals import lower_alone
 from kpx.kernels import registry as kernels
 from kpx.kernels.patterns import Pattern, hold
@@ -45,11 +45,11 @@ def splice(
     donors = [m.parse(text, module.context) for text in texts]
     cost.tell_flops(donors, flops if spread is None else flops / spread.parts)
     count = len(pattern.example)
-    made = _call(module, donors[0], inputs[:count], m.producer(outputs[0]))
+    made = m.call(module, donors[0], "kpx.pair", inputs[:count], m.producer(outputs[0]))
     if len(donors) == 1:
         return made[:1]
     first = _first([m.producer(v) for v in outputs[1:]])
-    return [made[0], *_call(module, donors[1], [*made[1:], *inputs[count:]], first)]
+    return [made[0], *m.call(module, donors[1], "kpx.pair", [*made[1:], *inputs[count:]], first)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,17 +94,6 @@ def _lowered(pattern: Pattern, types: tuple, numbers: tuple, device: Device, spr
             passes.append((backward, [*saved, *structs[count:]]))
         modules = [lower_alone(function, given, device.platform, device.kind) for function, given in passes]
     return tuple(m.text(module, large_constants=True) for module in modules)
-
-
-def _call(module: ir.Module, donor: ir.Module, operands: Sequence[Value], before: Any) -> list[Value]:
-    types = [r.type for r in m.entry_block(m.main(donor)).operations[-1].operands]
-    for op in list(donor.body.operations):
-        if op.operation.name == "sdy.mesh":  # it is the module's own
-            op.operation.erase()
-    symbol = m.merge(module, donor, "kpx.pair")
-    with module.context, ir.InsertionPoint(before.operation), before.operation.location:
-        call = func.CallOp(types, ir.FlatSymbolRefAttr.get(symbol), list(operands))
-    return list(call.results)
 
 
 def _first(ops: Sequence[Any]) -> Any:

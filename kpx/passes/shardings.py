@@ -24,6 +24,11 @@ def drop_open(module: ir.Module) -> None:
             op.operation.erase()
 
 
+def constrained_to(op: Any) -> Sharding | None:
+    """Where a constraint brings a value; None where that is not told by whole axes of the module's own mesh."""
+    return _parsed(op.operation.attributes["sharding"])[0]
+
+
 class Shardings:
     """What Shardy's propagation gives, on a copy of a module: XLA partitions by the same.
 

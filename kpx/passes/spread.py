@@ -172,18 +172,22 @@ def lowered(
         gradients = tuple(specs[place] for place in variable)
         parts.append((shard(summed, in_specs=operands, out_specs=gradients), [*whole, *structs[count:]]))
     modules = [lower_alone(f, given, device.platform, device.kind, dict(spread.mesh)) for f, given in parts]
-    for module in modules if spread.groups > 1 else ():
-        _exchanges_in_each(module, spread)
+    for module in modules:
+        exchange_in_each_group(module, spread.mesh, spread.groups)
     return modules
 
 
-def _exchanges_in_each(module: Any, spread: Spread) -> None:
-    """Has each group of devices exchange what the first does, in place."""
-    devices = math.prod(n for _, n in spread.mesh)
-    for op in m.walk(module.operation):
+def exchange_in_each_group(module: Any, mesh: Sequence[tuple[str, int]], groups: int) -> None:
+    """Has each group of devices exchange what the first does, in place.
+
+    Args:
+        mesh: a group's axes and their sizes.
+    """
+    devices = math.prod(n for _, n in mesh)
+    for op in m.walk(module.operation) if groups > 1 else ():
         for name in _NUMBERED & {*op.operation.attributes}:
             first = np.array(op.operation.attributes[name])
-            every = np.concatenate([first + group * devices for group in range(spread.groups)])
+            every = np.concatenate([first + group * devices for group in range(groups)])
             op.operation.attributes[name] = m.ir.DenseElementsAttr.get(every, context=module.context)
 
 

@@ -23,6 +23,7 @@ from kpx.sharding.layout import Axes, Layout, Sharding
 _UNKNOWN = (1e11, 2e10)  # FLOP/s and bytes/s of a device that the table does not have
 _EFFICIENCY = 0.8  # of the peak, for large products
 _HOST = 1e10  # bytes/s between a device and its host's memory: a cautious guess
+_MANY, _SMALL = 64, 1 << 24  # devices, and bytes
 _TILE = 128  # what a matrix unit multiplies at once
 
 
@@ -334,7 +335,7 @@ class _Run:
             way.sizes.append(layout.bytes(value, made))
             # Parts of what is scattered are summed along all axes together where more than rows are split.
             several = sum(bool(way.axes.get(f)) for f in rule.reduced) > 1 or bool(_all(made))
-            at_once = op.kind == "scatter" and several
+            at_once = op.kind == "scatter" and several and "scatters" not in self.p.target.features
             self._summed(way, value, made, partial, at_once)
         return way
 
@@ -385,7 +386,8 @@ class _Run:
         whose sequence is split sends in each of its passes."""
         if op.group and self.layout.mesh.get("context", 1) > 1:
             return -1 - len(self.graph.regions) - op.results[0]
-        return -1 - op.region if op.kind == "gather" else op.region
+        apart = op.kind == "gather" and self.p.target.platform != "tpu"  # whose compiler gathers it once for both
+        return -1 - op.region if apart else op.region
 
     def _summed(self, way: Way, value: int, made: Sharding, partial: Axes, at_once: bool) -> None:
         """Exchanges that make a result whole of the parts of a sum, and bring it to where it lies.
@@ -418,7 +420,12 @@ class _Run:
         axes = [a for a in self.layout.mesh if a in sent.axes and self.layout.mesh[a] > 1]
         if not axes or not sent.bytes:
             return 0.0
-        return sent.bytes if self.fabric is None else self.fabric.seconds(sent.kind, sent.bytes, axes)
+        return sent.bytes if self.fabric is None else self.fabric.seconds(self._kind(sent), sent.bytes, axes)
+
+    def _kind(self, sent: Sent) -> str:
+        """What an exchange becomes: libtpu (0.0.42) has many devices sum what is small, each its part beside zeros, not gather it."""
+        many = self.p.target.platform == "tpu" and self.layout.parts(sent.axes) >= _MANY
+        return "all-reduce" if many and sent.kind == "all-gather" and sent.bytes <= _SMALL else sent.kind
 
     def _settle(self, op: Op, way: Way) -> None:
         """Sends what an operation sends. Sums of parts are sent once: compilers add parts before they exchange them."""
@@ -440,10 +447,12 @@ class _Run:
         for sent in way.sent:
             if not sent.is_sum:
                 self._send(sent, op)
-        if op.kind == "scatter" and (len(sums) > 1 or any(map(_all, way.results))):  # it is not added to others' parts
-            for sent in (s for s in sums if s.kind == "reduce-scatter"):
+        # What scatter makes is not added to others' parts, but by libtpu where it is as whole as they are.
+        on_tpu, is_split = self.p.target.platform == "tpu", any(map(_all, way.results))
+        if op.kind == "scatter" and (is_split or (len(sums) > 1 and not on_tpu)):
+            for sent in (alone := [s for s in sums if on_tpu or s.kind == "reduce-scatter"]):
                 self._send(sent, op)
-            sums = tuple(s for s in sums if s.kind != "reduce-scatter")
+            sums = tuple(s for s in sums if s not in alone)
         if sums and len(op.results) == 1 and len(self.graph.users[op.results[0]]) == 1:
             self.pending[op.results[0]] = (sums, op)
         else:
@@ -463,7 +472,7 @@ class _Run:
             sent = dataclasses.replace(sent, axes=axes)
         if not axes or not sent.bytes:
             return
-        seconds, count, kind, size = self._seconds(sent), self.graph.counts[op.region], sent.kind, sent.bytes
+        seconds, count, kind, size = self._seconds(sent), self.graph.counts[op.region], self._kind(sent), sent.bytes
         overlaps, time = sent.overlaps, self.times[op.region]
         if op.group and set(axes) <= {"context"} and kind != "all-reduce":  # a kernel's ring: each part in turn
             parts = self.layout.parts(axes)
