@@ -30,6 +30,7 @@ from kpx.passes import (
     packed,
     precision,
     repeated,
+    ring_products,
     rolled,
     scattered_sums,
 )
@@ -216,6 +217,12 @@ def scatter_sums(module: ir.Module, context: Context) -> None:
         context.fusions["kpx.scattered_sum"] = count
 
 
+def overlap_rings(module: ir.Module, context: Context) -> None:
+    """A stage's body that has products' sums along the tensor axis go round while they are computed."""
+    if context.config.may_be_inexact and (count := ring_products.overlap(module, context.device)):
+        context.fusions["kpx.ring_product"] = count
+
+
 def find_layers(module: ir.Module, context: Context) -> None:
     """A stage's body that holds layers that are alike apart from the module, where they may become a loop."""
     config = context.config
@@ -275,6 +282,7 @@ def stages(context: Context) -> list[Stage]:
         Stage("choose kernels", choose_kernels),
         *([Stage("pack weights", pack)] if on_cpu else []),
         last,
+        *([Stage("overlap rings", overlap_rings)] if ring_products.FEATURE in context.features else []),
         *([Stage("scatter sums", scatter_sums)] if scattered_sums.FEATURE in context.features else []),
         Stage("roll layers", roll_layers),
         Stage("finish", mlir("cse,symbol-dce")),

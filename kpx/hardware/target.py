@@ -174,9 +174,12 @@ class Target:
     def features(self) -> frozenset[str]:
         """What the pipeline may count on: `bf16_tiles` (bf16 products run several times faster than f32 ones: a
         CPU with AMX), `mkl` and `onednn` (their products can be called); of an accelerator its units for few bits (see
-        `Chip.units`), and `scatters` (its compiler keeps scattered sums where it is given them, and makes none itself)."""
+        `Chip.units`), `scatters` (its compiler keeps scattered sums where it is given them, and makes none itself) and `rings`
+        (it runs an exchange of a loop's step beside what the step computes)."""
         if self.platform != "cpu":
-            return frozenset(self.spec.units if self.spec else ()) | ({"scatters"} if self._scatters else set())
+            rings = self.platform in ("cuda", "rocm") and self.device_count > 1
+            further = {"scatters": self._scatters, "rings": rings}
+            return frozenset(self.spec.units if self.spec else ()) | {name for name, has in further.items() if has}
         if self.isa is not None:
             return frozenset({"bf16_tiles"} if self.isa == "amx" else ())
         found = {"bf16_tiles": cpu.has_bf16_tiles(), "mkl": mkl.available(), "onednn": onednn.available()}

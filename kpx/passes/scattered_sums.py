@@ -140,7 +140,7 @@ def scattered(op: Any, wanted: Sharding | None, shardings: Shardings) -> Scatter
         return None
     if [*shardings.mesh][len(shardings.mesh) - len(mesh) :] != [*mesh]:
         return None  # groups' devices would not be numbered one after another
-    read = _of_product if isinstance(op, stablehlo.DotGeneralOp) else _of_rows
+    read = of_product if isinstance(op, stablehlo.DotGeneralOp) else _of_rows
     if (found := read(op, first, second)) is None:
         return None
     part, summed, made = found
@@ -162,7 +162,7 @@ def scattered(op: Any, wanted: Sharding | None, shardings: Shardings) -> Scatter
     return Scattered(part, (first, second), wanted, split[0], along, rest, tuple(mesh.items()), groups)
 
 
-def _of_product(op: Any, lhs: Sharding, rhs: Sharding) -> tuple[Product, list[str], list[Axes]] | None:
+def of_product(op: Any, lhs: Sharding, rhs: Sharding) -> tuple[Product, list[str], list[Axes]] | None:
     """A product, the axes that it sums over, and how it lies but for that."""
     if "algorithm" in op.attributes:
         return None
@@ -182,7 +182,7 @@ def _of_product(op: Any, lhs: Sharding, rhs: Sharding) -> tuple[Product, list[st
 
 
 def _of_rows(op: Any, indices: Sharding, updates: Sharding) -> tuple[Rows, list[str], list[Axes]] | None:
-    """A sum of rows into nothing, as `_of_product` gives a product."""
+    """A sum of rows into nothing, as `of_product` gives a product."""
     body = [inner.operation.name for inner in op.regions[0].blocks[0].operations]
     if len(op.results) != 1 or body != ["stablehlo.add", "stablehlo.return"] or m.splat(op.operands[0]) != 0:
         return None

@@ -25,8 +25,9 @@ def drop_open(module: ir.Module) -> None:
 
 
 def constrained_to(op: Any) -> Sharding | None:
-    """Where a constraint brings a value; None where that is not told by whole axes of the module's own mesh."""
-    return _parsed(op.operation.attributes["sharding"])[0]
+    """Where a constraint brings a value; None where it leaves that open, or tells it by parts of axes or another mesh."""
+    attribute = op.operation.attributes["sharding"]
+    return None if "?" in str(attribute) else _parsed(attribute)[0]
 
 
 class Shardings:
@@ -50,6 +51,8 @@ class Shardings:
         op = m.producer(value)
         if op is not None and not self.mesh_around(op):
             return None
+        if op is not None and op.operation.name == "sdy.sharding_constraint":  # which propagation takes off
+            return constrained_to(op)
         if op is not None:
             known = self._of_ops.get(self._numbers.get(op.results[0], -1))
             found = known[list(op.results).index(value)] if known else None

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kpx.hardware.target import Target
+from kpx.passes import ring_products
 from kpx.sharding.dims import Dims
 from kpx.sharding.exchange import Between
 from kpx.sharding.fabric import Fabric
@@ -88,6 +89,7 @@ class Pricing:
         else:
             # Not measured: every process of a job must find the same plan.
             self._bandwidth, self._peak = _UNKNOWN[1], lambda element: _UNKNOWN[0]
+        self.rings = ring_products.FEATURE in target.features
         self._roots = roots(self.graph)
         self._held = materialized(self.graph)
         self._last = self._last_uses()
@@ -206,7 +208,8 @@ class _Run:
     def __init__(self, pricing: Pricing, layout: Layout, fabric: Fabric | None):
         self.p, self.layout, self.graph, self.fabric = pricing, layout, pricing.graph, fabric
         self.ways: dict[int, Way] = {}
-        self.pending: dict[int, tuple[tuple[Sent, ...], Op]] = {}  # sums whose parts are still to be exchanged
+        # Sums whose parts are still to be exchanged, the operation that made the first, and the FLOPs of all that are added.
+        self.pending: dict[int, tuple[tuple[Sent, ...], Op, float]] = {}
         self.exchanges: list[Exchange] = []
         self.gathered: dict[tuple[int, Sharding, int], float] = {}
         self.buffers: dict[int, float] = {}  # what an operation holds beside its operands and results
@@ -436,11 +439,11 @@ class _Run:
         if (joins and op.kind == "add") or moves:
             for value in op.operands:
                 self.pending.pop(value, None)
-            common = waiting[0][0] if len({sums for sums, _ in waiting}) == 1 else waiting[0][0][-1:]
-            for apart, maker in waiting:
+            common = waiting[0][0] if len({sums for sums, *_ in waiting}) == 1 else waiting[0][0][-1:]
+            for apart, maker, flops in waiting:
                 for sent in apart[: len(apart) - len(common)]:
-                    self._send(sent, maker)
-            self.pending[op.results[0]] = (common, waiting[0][1])
+                    self._send(sent, maker, flops)
+            self.pending[op.results[0]] = (common, waiting[0][1], sum(flops for *_, flops in waiting))
         else:
             for value in op.operands:
                 self._flush(value)
@@ -454,39 +457,44 @@ class _Run:
                 self._send(sent, op)
             sums = tuple(s for s in sums if s not in alone)
         if sums and len(op.results) == 1 and len(self.graph.users[op.results[0]]) == 1:
-            self.pending[op.results[0]] = (sums, op)
+            self.pending[op.results[0]] = (sums, op, op.flops)
         else:
             for sent in sums:
-                self._send(sent, op)
+                self._send(sent, op, op.flops)
 
     def _flush(self, value: int) -> None:
         if value in self.pending:
-            sums, op = self.pending.pop(value)
+            sums, op, flops = self.pending.pop(value)
             for sent in sums:
-                self._send(sent, op)
+                self._send(sent, op, flops)
 
-    def _send(self, sent: Sent, op: Op) -> None:
+    def _send(self, sent: Sent, op: Op, flops: float = 0.0) -> None:
         axes = tuple(a for a in self.layout.mesh if a in sent.axes and self.layout.mesh[a] > 1)
         if self.p.between is not None and sent.overlaps and Between.axis in axes:  # gradients, apart
             axes = tuple(a for a in axes if a != Between.axis)
             sent = dataclasses.replace(sent, axes=axes)
         if not axes or not sent.bytes:
             return
-        seconds, count, kind, size = self._seconds(sent), self.graph.counts[op.region], self._kind(sent), sent.bytes
-        overlaps, time = sent.overlaps, self.times[op.region]
+        count, time = self.graph.counts[op.region], self.times[op.region]
+        for kind, size, times, overlaps in self._legs(sent, axes, op, flops):
+            seconds = times * (0.0 if self.fabric is None else self.fabric.seconds(kind, size, axes))
+            self.exchanges.append(Exchange(kind, axes, size, count * times, seconds * count, overlaps, op.path))
+            if overlaps:
+                time.beside += seconds
+            else:
+                time.exposed += seconds
+
+    def _legs(self, sent: Sent, axes: Axes, op: Op, flops: float) -> list[tuple[str, float, int, bool]]:
+        """Of what goes one after another for an exchange: kind, bytes, how often, and whether beside computation."""
+        kind, size, parts = self._kind(sent), sent.bytes, self.layout.parts(axes)
         if op.group and set(axes) <= {"context"} and kind != "all-reduce":  # a kernel's ring: each part in turn
-            parts = self.layout.parts(axes)
             wider = 4 / self.graph.itemsizes[op.results[0]] if sent.is_sum else 1.0  # sums go round in f32
-            kind, size, overlaps = "collective-permute", size / parts * wider, True
-            if self.fabric is not None:
-                seconds = parts * self.fabric.seconds(kind, size, axes)
-            self.exchanges.append(Exchange(kind, axes, size, count * parts, seconds * count, overlaps, op.path))
-        else:
-            self.exchanges.append(Exchange(kind, axes, size, count, seconds * count, overlaps, op.path))
-        if overlaps:
-            time.beside += seconds
-        else:
-            time.exposed += seconds
+            return [("collective-permute", size / parts * wider, parts, True)]
+        devices = math.prod(self.layout.mesh.values())
+        goes_round = sent.is_sum and not sent.overlaps and axes == (ring_products.AXIS,) and kind == "all-reduce"
+        if goes_round and self.p.rings and flops / devices / parts >= ring_products.LEAST:
+            return [("collective-permute", size / parts, parts - 1, True), ("all-gather", size, 1, False)]
+        return [(kind, size, 1, sent.overlaps)]
 
     def _computes(self, op: Op, parts: int, axes: Mapping[int, Axes]) -> None:
         rule = op.rule
