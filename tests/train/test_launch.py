@@ -1,8 +1,6 @@
 """Launching: processes that train as one, survive what kills them, and manifests for clusters."""
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -13,52 +11,20 @@ import pytest
 
 import kpx
 from kpx.train import launch
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def _command(plan, folder, *further, processes=2, devices=1, steps=12, options=()):
-    given = [sys.executable, "-m", "kpx", "launch", "--processes", str(processes), "--devices", str(devices), *options]
-    return [*given, str(ROOT / "tests" / "train" / "script.py"), plan, str(folder), str(steps), *further]
-
-
-def _environment():
-    paths = [str(ROOT), *(p for p in sys.path if p)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def _launched(*arguments, **options):
-    done = subprocess.run(
-        _command(*arguments, **options), env=_environment(), capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, (done.stdout[-1500:], done.stderr[-3000:])
-    return _losses(done.stdout), done
-
-
-def _losses(output):
-    """Of each step the last loss that was told, by lines of JSON; and the last line's."""
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return {line["step"]: line["loss"] for line in lines if "step" in line}
+from tests.train.launched import STEPS, command_for, environment, launched, losses_of
 
 
 @pytest.fixture(scope="module")
 def alone():
     """The losses of one device."""
-    return _launched("auto", "", processes=1)[0]
-
-
-@pytest.mark.slow
-def test_processes_train_to_the_losses_of_one_device(alone):
-    found, _ = _launched('{"fsdp": 2}', "")
-    np.testing.assert_allclose([found[n] for n in sorted(found)], [alone[n] for n in sorted(alone)], atol=1e-4)
-    assert len(found) == 12
+    return launched("auto", "", processes=1)[0]
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_is_killed_costs_nothing_of_the_loss_curve(alone, tmp_path, seed):
     rng = np.random.default_rng(seed)
-    death = f"{rng.integers(2)}:{rng.integers(2, 13)}"
-    found, done = _launched('{"fsdp": 2}', tmp_path, death)
+    death = f"{rng.integers(2)}:{rng.integers(2, STEPS + 1)}"
+    found, done = launched('{"fsdp": 2}', tmp_path, death)
     assert "was killed by signal 9" in done.stderr
     assert "Starting again with 2 processes" in done.stderr
     np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
@@ -66,16 +32,16 @@ def test_a_process_that_is_killed_costs_nothing_of_the_loss_curve(alone, tmp_pat
 
 @pytest.mark.slow
 def test_it_goes_on_with_fewer_processes_where_it_may(alone, tmp_path):
-    found, done = _launched("auto", tmp_path, "1:7", options=["--elastic", "1"])
+    found, done = launched("auto", tmp_path, "1:7", options=["--elastic", "1"])
     assert "Starting again with 1 processes" in done.stderr
     np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
 
 
 @pytest.mark.slow
 def test_told_to_stop_it_saves_and_ends(tmp_path):
-    command = _command('{"fsdp": 2}', tmp_path, steps=100_000)
+    command = command_for('{"fsdp": 2}', tmp_path, steps=100_000)
     with subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -96,7 +62,7 @@ def test_a_step_that_hangs_is_named_and_ends_the_process():
     )  # fmt: skip
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", source], env=_environment(), capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", source], env=environment(), capture_output=True, text=True, timeout=100
     )
     assert done.returncode == launch.HUNG
     assert "process 0 hangs in step 7" in done.stderr
@@ -139,32 +105,15 @@ def test_a_cluster_without_a_target_is_an_error(capsys):
     assert "needs `--target`" in capsys.readouterr().err
 
 
-KINDS = ({"context": 8}, {"pipeline": 4, "data": 2})  # others in the restart over several meshes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", KINDS, ids=lambda plan: "-".join(plan))
-def test_four_processes_of_two_devices_train_each_kind_of_plan_to_the_same_losses(alone, plan):
-    found, _ = _launched(json.dumps(plan), "", processes=4, devices=2)
-    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
-
-
-@pytest.mark.slow
-def test_four_processes_of_two_devices_train_a_mixture_of_experts_to_the_same_losses():
-    alone, _ = _launched('{"expert": 1}', "", processes=1)
-    found, _ = _launched('{"data": 2, "expert": 4}', "", processes=4, devices=2)
-    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
-    assert len(found) == 12
-
-
 @pytest.mark.slow
 def test_it_goes_on_from_eight_devices_on_four_and_back(alone, tmp_path):
     found = {}
     for devices, plan, steps in ((2, '{"fsdp": 8}', 4), (1, '{"tensor": 4}', 8), (2, '{"data": 4, "fsdp": 2}', 12)):
-        some, _ = _launched(plan, tmp_path, processes=4, devices=devices, steps=steps)
+        some, _ = launched(plan, tmp_path, processes=4, devices=devices, steps=steps)
         assert min(some) == len(found) + 1
         found |= some
-    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
+    np.testing.assert_allclose([found[n] for n in sorted(found)], [alone[n] for n in sorted(found)], atol=1e-4)
+    assert len(found) == 12
 
 
 _DISAGREES = """
@@ -198,9 +147,9 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_pat
     told = []
     for steps in (4, 6):
         command = [sys.executable, "-m", "kpx", "launch", "--processes", "2", str(script), str(folder), str(steps)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        told.append(_losses(done.stdout))
+        told.append(losses_of(done.stdout))
     assert list(told[1]) == [3, 4, 5, 6]
     np.testing.assert_allclose(told[1][4], told[0][4], rtol=1e-6)
     assert "another process could not read it" in done.stderr
