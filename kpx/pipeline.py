@@ -219,7 +219,7 @@ def scatter_sums(module: ir.Module, context: Context) -> None:
 
 def overlap_rings(module: ir.Module, context: Context) -> None:
     """A stage's body that has products' sums along the tensor axis go round while they are computed."""
-    if context.config.may_be_inexact and (count := ring_products.overlap(module, context.device)):
+    if context.config.may_be_inexact and (count := ring_products.overlap(module, context.device, ring_products.LEAST)):
         context.fusions["kpx.ring_product"] = count
 
 

@@ -1,9 +1,17 @@
-"""Several devices on a machine that has one: a process of its own, whose CPU is four."""
+"""What tests need of devices: several on a machine that has one, and compilers for those that are not here."""
 
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+from kpx.hardware import plugins
+
+needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's compiler is not installed: not run")
+needs_rocm = pytest.mark.skipif(plugins.find("rocm") is None, reason="AMD's compiler is not installed: not run")
+needs_tpu = pytest.mark.skipif(plugins.find("tpu") is None, reason="TPU's compiler is not installed: not run")
 
 
 def on_four(source: str, *arguments: str) -> None:

@@ -83,7 +83,7 @@ class Ring:
         return jax.lax.all_gather(mine, AXIS, axis=self.rows, tiled=True)
 
 
-def overlap(module: ir.Module, device: Device, least: float = LEAST) -> int:
+def overlap(module: ir.Module, device: Device, least: float) -> int:
     """Has sums of products along the tensor axis go round while they are computed, in place; gives how many.
 
     Args:
@@ -114,7 +114,7 @@ def overlap(module: ir.Module, device: Device, least: float = LEAST) -> int:
 def _tree(value: Value, below: bool = False) -> list[Any] | None:
     """The operations of a sum of products that nothing else uses, each before those that it is of; None where it is none."""
     op = m.producer(value)
-    if op is None or (below and not m.has_one_use(value)):
+    if op is None or (below and not (m.has_one_use(value) and m.users(value)[0].operation.block == op.operation.block)):
         return None
     if isinstance(op, stablehlo.DotGeneralOp):
         return [op]

@@ -8,11 +8,8 @@ import pytest
 
 import kpx
 from bench import llama
-from kpx.hardware import plugins
-from tests.devices import on_four
+from tests.devices import needs_cuda, needs_rocm, on_four
 from tests.sharding.steps import llama_step, specs
-
-_needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's compiler is not installed: not run")
 
 _CLOSER = """
 import sys
@@ -57,31 +54,16 @@ def test_a_sum_that_goes_round_is_as_close_as_xlas_own(seed):
 
 
 _TRAINED = """
-import jax, numpy as np
 import kpx
 from kpx.hardware.target import Target
 from kpx.passes import ring_products
-from tests.sharding.steps import batches, llama_step, start
+from tests.sharding.steps import plans_that_train_alike
 has = Target.features.fget
 Target.features = property(lambda target: has(target) | {"rings"})
 ring_products.LEAST = 0
-overlap = ring_products.overlap
-ring_products.overlap = lambda module, device: overlap(module, device, 0)
-step, data = llama_step(), batches(3)
-weights, state = start()
-plain, wanted = jax.jit(step), []
-for tokens in data:
-    weights, state, loss = plain(weights, state, tokens)
-    wanted.append(float(loss))
-for fixed in ({"fsdp": 2, "tensor": 2},):
-    weights, state = start()
-    plan = kpx.plan(step, weights, state, data[0], target="cpu", fixed=fixed)
-    assert "collective-permute" in {e.kind for e in plan.collectives}
-    planned = plan.apply(step)
-    for tokens, loss in zip(data, wanted):
-        weights, state, found = planned(weights, state, tokens)
-        np.testing.assert_allclose(found, loss, atol=1e-5)
-    assert kpx.compile(plan.apply(step), *plan.specs, target="cpu").fusions["kpx.ring_product"] >= 4
+step, (plan,) = plans_that_train_alike({"fsdp": 2, "tensor": 2})
+assert "collective-permute" in {e.kind for e in plan.collectives}
+assert kpx.compile(plan.apply(step), *plan.specs, target="cpu").fusions["kpx.ring_product"] >= 4
 print("the same")
 """
 
@@ -94,15 +76,21 @@ def test_plans_train_to_the_losses_of_one_device_with_sums_that_go_round():
 LARGE = llama.Sizes(width=2048, hidden=8192, layers=2, heads=16, kv_heads=16, vocabulary=8192)
 
 
-def _compiled(batch):
+def _compiled(batch, target="cuda:h100x8"):
     step, given = llama_step(LARGE, jnp.bfloat16), specs(LARGE, batch, 2048)
-    plan = kpx.plan(step, *given, target="cuda:h100x8", fixed={"fsdp": 2, "tensor": 4}, confirm=0)
-    return plan, kpx.compile(plan.apply(step), *plan.specs, target="cuda:h100x8")
+    plan = kpx.plan(step, *given, target=target, fixed={"fsdp": 2, "tensor": 4}, confirm=0)
+    return plan, kpx.compile(plan.apply(step), *plan.specs, target=target)
 
 
-@_needs_cuda
-def test_each_exchange_of_a_ring_runs_beside_a_product_as_plans_foresee():
-    plan, compiled = _compiled(32)
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("cuda:h100x8", marks=needs_cuda),
+        pytest.param("rocm:mi300x8", marks=[needs_rocm, pytest.mark.slow]),
+    ],
+)
+def test_each_exchange_of_a_ring_runs_beside_a_product_as_plans_foresee(target):
+    plan, compiled = _compiled(32, target)
     assert compiled.fusions["kpx.ring_product"] == 6  # of attention and MLP: forward, forward again, backward
     bodies = [c for c in re.split(r"\n(?=%|ENTRY)", compiled.hlo) if " collective-permute-start(" in c]
     assert len(bodies) == 6
@@ -119,7 +107,7 @@ def test_each_exchange_of_a_ring_runs_beside_a_product_as_plans_foresee():
             assert foreseen[kind] == pytest.approx(size, rel=0.1), (kind, foreseen, real)
 
 
-@_needs_cuda
+@needs_cuda
 def test_what_would_wait_for_each_exchange_is_left_alone():
     plan, compiled = _compiled(2)
     assert "kpx.ring_product" not in compiled.fusions

@@ -15,34 +15,19 @@ import kpx
 from bench import llama
 from bench.sharding import SIZES, step
 from bench.sharding import specs as specs_of
-from kpx.hardware import plugins
 from kpx.passes import scattered_sums
 from kpx.passes.composites import Device
-from tests.devices import on_four
+from tests.devices import needs_tpu, on_four
 from tests.sharding.steps import llama_step, specs
 
-_needs_tpu = pytest.mark.skipif(plugins.find("tpu") is None, reason="TPU's compiler is not installed: not run")
-
 _TRAINED = """
-import jax, numpy as np
 import kpx
 from kpx.hardware.target import Target
-from tests.sharding.steps import batches, llama_step, start
+from tests.sharding.steps import plans_that_train_alike
 has = Target.features.fget
 Target.features = property(lambda target: has(target) | {"scatters"})
-step, data = llama_step(), batches(3)
-weights, state = start()
-plain, wanted = jax.jit(step), []
-for tokens in data:
-    weights, state, loss = plain(weights, state, tokens)
-    wanted.append(float(loss))
-for fixed in ({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}):
-    weights, state = start()
-    plan = kpx.plan(step, weights, state, data[0], target="cpu", fixed=fixed)
-    planned = plan.apply(step)
-    for tokens, loss in zip(data, wanted):
-        weights, state, found = planned(weights, state, tokens)
-        np.testing.assert_allclose(found, loss, atol=1e-5)
+step, plans = plans_that_train_alike({"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2})
+for plan in plans:
     assert kpx.compile(plan.apply(step), *plan.specs, target="cpu").fusions["kpx.scattered_sum"] >= 8
 print("the same")
 """
@@ -156,7 +141,7 @@ def _assert_as_foreseen(plan, compiled):
             assert foreseen[kind] == pytest.approx(real[kind], rel=0.1), (kind, foreseen, real)
 
 
-@_needs_tpu
+@needs_tpu
 @pytest.mark.parametrize(
     "fixed",
     [{"data": 2, "fsdp": 16}, pytest.param({"data": 2, "fsdp": 4, "tensor": 4}, marks=pytest.mark.slow)],
@@ -169,7 +154,7 @@ def test_slices_exchange_what_plans_foresee_by_kind_axes_and_bytes(fixed):
     _assert_as_foreseen(plan, compiled)
 
 
-@_needs_tpu
+@needs_tpu
 @pytest.mark.slow
 def test_llama_3_8b_on_two_slices_of_256_exchanges_what_is_foreseen():
     sizes = SIZES["Llama-3-8B"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import kpx
 from bench import llama
 
 SMALL = llama.Sizes(width=64, hidden=128, layers=4, heads=8, kv_heads=4, vocabulary=256)
@@ -59,3 +60,25 @@ def start(sizes=SMALL):
 
 def batches(count, batch=16, length=32):
     return [np.random.default_rng(i).integers(0, 256, (batch, length)).astype(np.int32) for i in range(count)]
+
+
+def plans_that_train_alike(*kinds, count=3):
+    """A step, and plans of it by their axes for this machine's devices, each found to train to the losses of one device."""
+    step, data = llama_step(), batches(count)
+    weights, state = start()
+    plain, wanted, plans = jax.jit(step), [], []
+    for tokens in data:
+        weights, state, loss = plain(weights, state, tokens)
+        wanted.append(float(loss))
+    for fixed in kinds:
+        weights, state = start()
+        plan = kpx.plan(step, weights, state, data[0], target="cpu", fixed=fixed)
+        assert {a: n for a, n in plan.mesh.items() if n > 1} == fixed, plan.mesh
+        planned = plan.apply(step)
+        for tokens, loss in zip(data, wanted, strict=True):
+            weights, state, found = planned(weights, state, tokens)
+            np.testing.assert_allclose(found, loss, atol=1e-5)
+        placed = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), (weights, state), plan.placed()[:2])
+        assert all(jax.tree.leaves(placed))
+        plans.append(plan)
+    return step, plans

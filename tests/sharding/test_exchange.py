@@ -11,10 +11,9 @@ import pytest
 
 import kpx
 from bench import llama
-from kpx.hardware import plugins
 from kpx.sharding.exchange import Exchange, matrices
 from kpx.train import Step, Trainer
-from tests.devices import on_four
+from tests.devices import needs_cuda, on_four
 from tests.sharding.steps import llama_loss, specs
 
 MEDIUM = llama.Sizes(width=512, hidden=1024, layers=4, heads=8, kv_heads=8, vocabulary=4096)
@@ -130,9 +129,6 @@ for kind in ("bf16", "int8"):
     )
 
 
-_needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's compiler is not installed: not run")
-
-
 def _compiled(kind, target="cuda:h100:2x8", fixed=None, sizes=MEDIUM, dtype=jnp.float32):
     step = _step(kind, sizes=sizes, dtype=dtype, microbatches=1, remat="none")
     weights, _, tokens = specs(sizes, 32, 1024)
@@ -150,7 +146,7 @@ def _between(exchanges):
     return found
 
 
-@_needs_cuda
+@needs_cuda
 def test_a_steps_exchanges_are_those_foreseen_with_its_gradients_norm():
     plan, compiled = _compiled(None)
     foreseen, real = collections.Counter(), collections.Counter()
@@ -161,7 +157,7 @@ def test_a_steps_exchanges_are_those_foreseen_with_its_gradients_norm():
         assert foreseen[kind] == pytest.approx(real[kind], rel=0.1), (kind, foreseen, real)
 
 
-@_needs_cuda
+@needs_cuda
 def test_int8_sends_a_quarter_of_the_bytes_of_f32():
     (_, plain), (plan, compiled) = _compiled(None), _compiled("int8")
     whole, found = _between(plain.collectives), _between(compiled.collectives)
@@ -172,7 +168,7 @@ def test_int8_sends_a_quarter_of_the_bytes_of_f32():
         assert size == pytest.approx(found[kind], rel=0.1), (kind, plan.collectives)
 
 
-@_needs_cuda
+@needs_cuda
 @pytest.mark.parametrize("fixed", [{"fsdp": 8}, pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_inside_groups_the_same_kernels_are_fused(fixed):
@@ -183,7 +179,7 @@ def test_inside_groups_the_same_kernels_are_fused(fixed):
     assert "kpx.attention and its gradient" in kernels[0], kernels
 
 
-@_needs_cuda
+@needs_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "least"), [("bf16", 0.52), ("topk", 0.05), ("powersgd", 0.1)])
 def test_the_others_send_what_is_foreseen_and_little(kind, least):

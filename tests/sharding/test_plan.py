@@ -11,12 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 import kpx
 from bench import llama
-from kpx.hardware import plugins
 from kpx.ir import module as m
 from kpx.sharding import graph
 from kpx.sharding.dims import Dims, roles_of
 from kpx.sharding.fabric import Fabric
-from tests.devices import on_four
+from tests.devices import needs_cuda, on_four
 from tests.sharding.steps import SMALL, llama_step, specs
 
 MEDIUM = llama.Sizes(width=512, hidden=1024, layers=4, heads=8, kv_heads=8, vocabulary=4096)
@@ -72,25 +71,8 @@ def test_beyond_a_host_parts_alone_are_exchanged():
 
 
 _SAME = """
-import jax, numpy as np
-import kpx
-from tests.sharding.steps import batches, llama_step, start
-step, data = llama_step(), batches(4)
-weights, state = start()
-plain, wanted = jax.jit(step), []
-for tokens in data:
-    weights, state, loss = plain(weights, state, tokens)
-    wanted.append(float(loss))
-for fixed in ({"data": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}):
-    weights, state = start()
-    plan = kpx.plan(step, weights, state, data[0], target="cpu", fixed=fixed)
-    assert {a: n for a, n in plan.mesh.items() if n > 1} == fixed, plan.mesh
-    planned = plan.apply(step)
-    for tokens, loss in zip(data, wanted):
-        weights, state, found = planned(weights, state, tokens)
-        np.testing.assert_allclose(found, loss, atol=1e-5)
-    placed = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), (weights, state), plan.placed()[:2])
-    assert all(jax.tree.leaves(placed))
+from tests.sharding.steps import plans_that_train_alike
+plans_that_train_alike({"data": 4}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}, count=4)
 print("the same")
 """
 
@@ -99,10 +81,7 @@ def test_each_kind_of_plan_trains_to_the_losses_of_one_device():
     on_four(_SAME)
 
 
-_needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's compiler is not installed: not run")
-
-
-@_needs_cuda
+@needs_cuda
 @pytest.mark.parametrize(
     "fixed",
     [

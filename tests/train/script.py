@@ -1,6 +1,6 @@
 """What the tests launch: a small Llama, or by a plan with experts a mixture of them, trained; dies at a step where it is told to.
 
-Arguments: the axes of its plan as JSON, a folder of checkpoints, how many steps, and `process:step` to kill itself at, in the
+Arguments: the axes of its plan as JSON, or a list of such, trained one after another; a folder of checkpoints, how many steps, and `process:step` to kill itself at, in the
 first attempt.
 """
 
@@ -38,12 +38,17 @@ def batches(death="", experts=False):
 def main():
     plan, folder, count, *death = sys.argv[1:]
     plan = plan if plan == "auto" else json.loads(plan)
+    for one in plan if isinstance(plan, list) else [plan]:
+        train(one, folder, int(count), *death)
+
+
+def train(plan, folder, count, *death):
     experts = "expert" in plan
     loss, params = (test_experts.loss, test_experts.start()) if experts else (steps.llama_loss(), steps.start()[0])
     trainer = Trainer(
         loss, optax.adamw(1e-3), params=params, plan=plan, clip=1.0, log_every=1, checkpoints=folder or None, save_every=4
     )  # fmt: skip
-    trainer.fit(batches(*death, experts=experts), int(count))
+    trainer.fit(batches(*death, experts=experts), count)
     trainer.close()
     assert trainer.plan is not None
     if jax.process_index() == 0:

@@ -1,33 +1,32 @@
 """Each kind of plan, in four processes of two devices, trains to the losses of one device."""
 
-import json
-
 import numpy as np
 import pytest
 
-from tests.train.launched import STEPS, launched
+from tests.train.launched import STEPS, losses_of_each
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+KINDS = (
+    {"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"context": 8}, {"pipeline": 4, "data": 2}, {"expert": 4, "data": 2},
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """The losses of one device."""
-    return launched("auto", "", processes=1)[0]
+    """The losses of one device, of a Llama and of a mixture of experts."""
+    return [losses for _, losses in losses_of_each(["auto", {"expert": 1}], processes=1)]
 
 
-KINDS = ({"data": 8}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"context": 8}, {"pipeline": 4, "data": 2})
+@pytest.fixture(scope="module")
+def several():
+    return losses_of_each(KINDS, processes=4, devices=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", KINDS, ids=lambda plan: "-".join(plan))
-def test_four_processes_of_two_devices_train_each_kind_of_plan_to_the_samelosses_of(alone, plan):
-    found, _ = launched(json.dumps(plan), "", processes=4, devices=2)
-    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
-    assert len(found) == STEPS
-
-
-@pytest.mark.slow
-def test_four_processes_of_two_devices_train_a_mixture_of_experts_to_the_samelosses_of():
-    alone, _ = launched('{"expert": 1}', "", processes=1)
-    found, _ = launched('{"data": 2, "expert": 4}', "", processes=4, devices=2)
-    np.testing.assert_allclose([found[n] for n in sorted(alone)], [alone[n] for n in sorted(alone)], atol=1e-4)
-    assert len(found) == STEPS
+@pytest.mark.parametrize("number", range(len(KINDS)), ids=["-".join(plan) for plan in KINDS])
+def test_four_processes_of_two_devices_train_each_kind_of_plan_to_the_same_losses(alone, several, number):
+    mesh, found = several[number]
+    wanted = alone["expert" in KINDS[number]]
+    assert {axis: n for axis, n in mesh.items() if n > 1} == KINDS[number]
+    assert [*found] == [*wanted] == [*range(1, STEPS + 1)]
+    np.testing.assert_allclose([*found.values()], [*wanted.values()], atol=1e-4)

@@ -8,10 +8,9 @@ import pytest
 
 import kpx
 from bench import llama
-from kpx.hardware import plugins
 from kpx.train import Step
 from kpx.train.offload import updated
-from tests.devices import on_four
+from tests.devices import needs_cuda, on_four
 from tests.sharding.steps import specs
 
 MEDIUM = llama.Sizes(width=512, hidden=2048, layers=6, heads=8, kv_heads=4, vocabulary=4096)
@@ -113,10 +112,7 @@ def test_a_checkpoint_goes_back_to_the_hosts_memory(tmp_path):
     on_four(_RESTORES, str(tmp_path))
 
 
-_needs_cuda = pytest.mark.skipif(plugins.find("cuda") is None, reason="NVIDIA's compiler is not installed: not run")
-
-
-@_needs_cuda
+@needs_cuda
 @pytest.mark.parametrize(
     "options", [{"offload": True, "remat": "full"}, pytest.param({"remat": "offload"}, marks=pytest.mark.slow)]
 )
