@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from kpx.config import Config
 from kpx.ir import module as m
@@ -211,16 +212,22 @@ def _kernels_for(module: ir.Module, context: Context, *, spread: bool = False) -
     return context.device if context.config.may_be_inexact and context.device.is_known and (one or spread) else None
 
 
+def _exchanges(context: Context, rewrite: Any) -> bool:
+    """Whether a rewrite of how devices exchange sums is for a target, and wanted."""
+    config = context.config
+    return rewrite.FEATURE in context.features and rewrite.NAME not in config.disable and config.may_be_inexact
+
+
 def scatter_sums(module: ir.Module, context: Context) -> None:
     """A stage's body that has sums exchange their parts themselves, for a compiler that would not as planned."""
-    if count := scattered_sums.scatter(module, context.device):
-        context.fusions["kpx.scattered_sum"] = count
+    if count := scattered_sums.scatter(module, context.device, context.fuel):
+        context.fusions[scattered_sums.NAME] = count
 
 
 def overlap_rings(module: ir.Module, context: Context) -> None:
     """A stage's body that has products' sums along the tensor axis go round while they are computed."""
-    if context.config.may_be_inexact and (count := ring_products.overlap(module, context.device, ring_products.LEAST)):
-        context.fusions["kpx.ring_product"] = count
+    if count := ring_products.overlap(module, context.device, ring_products.LEAST, context.fuel):
+        context.fusions[ring_products.NAME] = count
 
 
 def find_layers(module: ir.Module, context: Context) -> None:
@@ -282,8 +289,8 @@ def stages(context: Context) -> list[Stage]:
         Stage("choose kernels", choose_kernels),
         *([Stage("pack weights", pack)] if on_cpu else []),
         last,
-        *([Stage("overlap rings", overlap_rings)] if ring_products.FEATURE in context.features else []),
-        *([Stage("scatter sums", scatter_sums)] if scattered_sums.FEATURE in context.features else []),
+        *([Stage("overlap rings", overlap_rings)] if _exchanges(context, ring_products) else []),
+        *([Stage("scatter sums", scatter_sums)] if _exchanges(context, scattered_sums) else []),
         Stage("roll layers", roll_layers),
         Stage("finish", mlir("cse,symbol-dce")),
     ]

@@ -21,11 +21,15 @@ from jax.sharding import PartitionSpec
 
 from kpx.ir import module as m
 from kpx.ir.module import Value, ir, stablehlo
+from kpx.ir.rewrite import Fuel
 from kpx.jax_internals import lower_alone
 from kpx.passes.composites import Device
 from kpx.passes.scattered_sums import Product, of_product
 from kpx.passes.shardings import Axes, Sharding, Shardings, constrained_to
 from kpx.passes.spread import exchange_in_each_group
+
+NAME = "kpx.ring_product"
+"""What it is called where rewrites are disabled, counted, or bisected."""
 
 FEATURE = "rings"
 """A target's feature: its compiler runs an exchange of a loop's step beside what the step computes."""
@@ -83,11 +87,12 @@ class Ring:
         return jax.lax.all_gather(mine, AXIS, axis=self.rows, tiled=True)
 
 
-def overlap(module: ir.Module, device: Device, least: float) -> int:
+def overlap(module: ir.Module, device: Device, least: float, fuel: Fuel) -> int:
     """Has sums of products along the tensor axis go round while they are computed, in place; gives how many.
 
     Args:
         least: FLOPs that a part must have on a device.
+        fuel: a unit is burnt for each.
     """
     if m.mesh_axes(module).get(AXIS, 1) == 1:
         return 0
@@ -97,7 +102,8 @@ def overlap(module: ir.Module, device: Device, least: float) -> int:
             continue
         tree = _tree(op.operation.results[0])
         leaves = [one for one in tree or () if isinstance(one, stablehlo.DotGeneralOp)]
-        if tree and (ring := ring_of(leaves, tree, shardings, least)) is not None:
+        ring = ring_of(leaves, tree, shardings, least) if tree else None
+        if tree and ring is not None and fuel.burn(NAME, op):
             taken.update(one.operation for one in tree)
             found.append((tree, leaves, ring))
     for tree, leaves, ring in found:

@@ -18,10 +18,14 @@ from jax.sharding import PartitionSpec
 
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
+from kpx.ir.rewrite import Fuel
 from kpx.jax_internals import lower_alone
 from kpx.passes.composites import Device
 from kpx.passes.shardings import Axes, Sharding, Shardings, constrained_to
 from kpx.passes.spread import exchange_in_each_group
+
+NAME = "kpx.scattered_sum"
+"""What it is called where rewrites are disabled, counted, or bisected."""
 
 FEATURE = "scatters"
 """A target's feature: its compiler keeps sums that are scattered, where it is given them."""
@@ -100,8 +104,12 @@ class Scattered:
         return jax.lax.psum(made, self.rest) if self.rest else made
 
 
-def scatter(module: ir.Module, device: Device) -> int:
-    """Has every sum that is to be split along what it sums over exchange its parts itself, in place; gives how many."""
+def scatter(module: ir.Module, device: Device, fuel: Fuel) -> int:
+    """Has every sum that is to be split along what it sums over exchange its parts itself, in place; gives how many.
+
+    Args:
+        fuel: a unit is burnt for each.
+    """
     shardings = Shardings(module) if m.partitions(module) > 1 else None
     if shardings is None:
         return 0
@@ -109,7 +117,8 @@ def scatter(module: ir.Module, device: Device) -> int:
     for op in m.walk(m.main(module)):
         if isinstance(op, (stablehlo.DotGeneralOp, stablehlo.ScatterOp)):
             constraints = _constraints(op.results[0])
-            if constraints and (way := scattered(op, constrained_to(constraints[-1]), shardings)) is not None:
+            way = scattered(op, constrained_to(constraints[-1]), shardings) if constraints else None
+            if way is not None and fuel.burn(NAME, op):
                 found.append((op, constraints, way))
     for op, constraints, way in found:
         operands = [*op.operands][-2:]

@@ -8,6 +8,9 @@ import pytest
 
 import kpx
 from bench import llama
+from kpx.passes import ring_products, scattered_sums
+from kpx.pipeline import stages
+from kpx.runtime.build import context_for
 from tests.devices import needs_cuda, needs_rocm, on_four
 from tests.sharding.steps import llama_step, specs
 
@@ -17,6 +20,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from kpx.ir import module as m
 from kpx.ir.call import call_module
+from kpx.ir.rewrite import Fuel
 from kpx.passes import ring_products
 from kpx.passes.composites import Device
 from tests.reference import assert_closer
@@ -37,7 +41,7 @@ for dtype in (jnp.float32, jnp.bfloat16):
             lowered = jax.jit(function).lower(*given)
             module = lowered.compiler_ir("stablehlo")
             m.inline_calls(module)
-            assert ring_products.overlap(module, Device("cpu", "cpu"), 0) == 1
+            assert ring_products.overlap(module, Device("cpu", "cpu"), 0, Fuel(None)) == 1
             mine = jax.jit(call_module(module), in_shardings=[a.sharding for a in given])
             (found,), other = mine(*given), lowered.compile()(*given)
             assert "collective_permute" in mine.lower(*given).as_text()
@@ -112,3 +116,14 @@ def test_what_would_wait_for_each_exchange_is_left_alone():
     plan, compiled = _compiled(2)
     assert "kpx.ring_product" not in compiled.fusions
     assert "collective-permute" not in {e.kind for e in (*plan.collectives, *compiled.collectives)}
+
+
+@pytest.mark.parametrize("target", ["cuda:h100x8", "tpu-v5e:4x4*2"])
+def test_how_sums_are_exchanged_is_left_to_the_compiler_where_that_is_asked_for(target):
+    def stages_of(**changes):
+        return {stage.name for stage in stages(context_for(kpx.Target(target), kpx.Config(**changes)))}
+
+    own = {"overlap rings", "scatter sums"}
+    assert len(stages_of() & own) == 1
+    assert not stages_of(disable=(ring_products.NAME, scattered_sums.NAME)) & own
+    assert not stages_of(level="none") & own

@@ -15,6 +15,7 @@ import kpx
 from bench import llama
 from bench.sharding import SIZES, step
 from bench.sharding import specs as specs_of
+from kpx.ir.rewrite import Fuel
 from kpx.passes import scattered_sums
 from kpx.passes.composites import Device
 from tests.devices import needs_tpu, on_four
@@ -44,6 +45,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from kpx.ir import module as m
 from kpx.ir.call import call_module
+from kpx.ir.rewrite import Fuel
 from kpx.passes import scattered_sums
 from kpx.passes.composites import Device
 from tests.reference import assert_closer
@@ -65,7 +67,7 @@ for function, given in ((product, (x, y)), (table, (ids, x))):
     lowered = jax.jit(function).lower(*given)
     module = lowered.compiler_ir("stablehlo")
     m.inline_calls(module)
-    assert scattered_sums.scatter(module, Device("cpu", "cpu")) == 1
+    assert scattered_sums.scatter(module, Device("cpu", "cpu"), Fuel(None)) == 1
     mine = jax.jit(call_module(module), in_shardings=rows)
     (found,), other = mine(*given), lowered.compile()(*given)
     text = mine.lower(*given).as_text()
@@ -98,7 +100,8 @@ def test_a_sum_that_is_not_split_is_left_alone():
     for sharding, count in ((P(), 0), (P("fsdp"), 1), (P("data"), 1), (P("data", "fsdp"), 0)):
         jitted = jax.jit(functools.partial(product, NamedSharding(mesh, sharding)))
         module = jitted.trace(spec).lower(lowering_platforms=("cpu",)).compiler_ir("stablehlo")
-        assert scattered_sums.scatter(module, Device("cpu", "cpu")) == count, sharding
+        assert scattered_sums.scatter(module, Device("cpu", "cpu"), Fuel(0)) == 0
+        assert scattered_sums.scatter(module, Device("cpu", "cpu"), Fuel(None)) == count, sharding
 
 
 @pytest.mark.parametrize("seed", range(20))
