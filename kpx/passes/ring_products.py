@@ -68,7 +68,8 @@ class Ring:
     def __call__(self, *operands: jax.Array) -> jax.Array:
         """A device's result, of its parts of the operands."""
         count, here = dict(self.mesh)[AXIS], jax.lax.axis_index(AXIS)
-        wide = jnp.promote_types(self.element, jnp.float32)
+        is_float = jnp.issubdtype(self.element, jnp.floating)
+        wide = jnp.promote_types(self.element, jnp.float32) if is_float else self.element
 
         def part(number: Any) -> jax.Array:
             made = []
