@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kpx.hardware.target import Target
-from kpx.passes import ring_products
+from kpx.passes import ring_products, scattered_sums
 from kpx.sharding.dims import Dims
 from kpx.sharding.exchange import Between
 from kpx.sharding.fabric import Fabric
@@ -338,7 +338,7 @@ class _Run:
             way.sizes.append(layout.bytes(value, made))
             # Parts of what is scattered are summed along all axes together where more than rows are split.
             several = sum(bool(way.axes.get(f)) for f in rule.reduced) > 1 or bool(_all(made))
-            at_once = op.kind == "scatter" and several and "scatters" not in self.p.target.features
+            at_once = op.kind == "scatter" and several and scattered_sums.FEATURE not in self.p.target.features
             self._summed(way, value, made, partial, at_once)
         return way
 
@@ -426,9 +426,18 @@ class _Run:
         return sent.bytes if self.fabric is None else self.fabric.seconds(self._kind(sent), sent.bytes, axes)
 
     def _kind(self, sent: Sent) -> str:
-        """What an exchange becomes: libtpu (0.0.42) has many devices sum what is small, each its part beside zeros, not gather it."""
-        many = self.p.target.platform == "tpu" and self.layout.parts(sent.axes) >= _MANY
-        return "all-reduce" if many and sent.kind == "all-gather" and sent.bytes <= _SMALL else sent.kind
+        """What an exchange becomes. Among many devices libtpu (0.0.42) makes a sum of all of much: of what is scattered, unless it is
+        given so (see `kpx.passes.scattered_sums`), of what is small and of what lies along three dimensions of a torus."""
+        if self.p.target.platform != "tpu" or self.layout.parts(sent.axes) < _MANY:
+            return sent.kind
+        gathers = sent.kind == "all-gather" and (sent.bytes <= _SMALL or self._dimensions(sent.axes) > 2)
+        scatters = sent.kind == "reduce-scatter" and scattered_sums.FEATURE not in self.p.target.features
+        return "all-reduce" if gathers or scatters else sent.kind
+
+    def _dimensions(self, axes: Axes) -> int:
+        """Along how many dimensions of a torus axes lie."""
+        pieces = [] if self.fabric is None else [p for a in axes for p in self.fabric.pieces.get(a, ())]
+        return len({p.dimension for p in pieces if p.dimension >= 0 and p.extent > 1})
 
     def _settle(self, op: Op, way: Way) -> None:
         """Sends what an operation sends. Sums of parts are sent once: compilers add parts before they exchange them."""

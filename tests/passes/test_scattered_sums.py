@@ -122,11 +122,11 @@ def _stays(rows, size):
 SIZED = llama.Sizes(width=1024, hidden=2048, layers=2, heads=8, kv_heads=8, vocabulary=8192)
 
 
-def _compiled(fixed):
+def _compiled(target, fixed):
     given = specs(SIZED, 64, 512)
     trained = llama_step(SIZED, jnp.bfloat16)
-    plan = kpx.plan(trained, *given, target="tpu-v5e:4x4*2", fixed=fixed, confirm=0)
-    return plan, kpx.compile(plan.apply(trained), *plan.specs, target="tpu-v5e:4x4*2")
+    plan = kpx.plan(trained, *given, target=target, fixed=fixed, confirm=0)
+    return plan, kpx.compile(plan.apply(trained), *plan.specs, target=target)
 
 
 def _told(exchanges):
@@ -151,9 +151,18 @@ def _assert_as_foreseen(plan, compiled):
     ids=lambda fixed: "-".join(f"{a}{n}" for a, n in fixed.items()),
 )
 def test_slices_exchange_what_plans_foresee_by_kind_axes_and_bytes(fixed):
-    plan, compiled = _compiled(fixed)
+    plan, compiled = _compiled("tpu-v5e:4x4*2", fixed)
     assert plan.mesh == fixed
     assert compiled.fusions["kpx.scattered_sum"] >= 8
+    _assert_as_foreseen(plan, compiled)
+
+
+@needs_tpu
+@pytest.mark.parametrize("target", ["tpu-v5e:8x8", pytest.param("tpu-v5p:4x4x4", marks=pytest.mark.slow)])
+def test_one_slice_sums_all_of_much_as_is_foreseen(target):
+    plan, compiled = _compiled(target, {"fsdp": 64})
+    assert "kpx.scattered_sum" not in compiled.fusions
+    assert "reduce-scatter" not in {e.kind for e in plan.collectives}
     _assert_as_foreseen(plan, compiled)
 
 
