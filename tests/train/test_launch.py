@@ -108,8 +108,8 @@ def test_a_cluster_without_a_target_is_an_error(capsys):
 @pytest.mark.slow
 def test_it_goes_on_from_eight_devices_on_four_and_back(alone, tmp_path):
     found = {}
-    for devices, plan, steps in ((2, '{"fsdp": 8}', 4), (1, '{"tensor": 4}', 8), (2, '{"data": 4, "fsdp": 2}', 12)):
-        some, _ = launched(plan, tmp_path, processes=4, devices=devices, steps=steps)
+    for devices, plan, steps in ((4, '{"fsdp": 8}', 4), (2, '{"tensor": 4}', 8), (4, '{"data": 4, "fsdp": 2}', 12)):
+        some, _ = launched(plan, tmp_path, processes=2, devices=devices, steps=steps)
         assert min(some) == len(found) + 1
         found |= some
     np.testing.assert_allclose([found[n] for n in sorted(found)], [alone[n] for n in sorted(found)], atol=1e-4)
