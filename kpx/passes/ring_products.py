@@ -17,16 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from kpx.ir import module as m
 from kpx.ir.module import Value, ir, stablehlo
 from kpx.ir.rewrite import Fuel
-from kpx.jax_internals import lower_alone
+from kpx.passes import manual
 from kpx.passes.composites import Device
-from kpx.passes.scattered_sums import Product, of_product
-from kpx.passes.shardings import Axes, Sharding, Shardings, constrained_to
-from kpx.passes.spread import exchange_in_each_group
+from kpx.passes.manual import Groups, Product
+from kpx.passes.shardings import Sharding, Shardings, constrained_to
 
 NAME = "kpx.ring_product"
 """What it is called where rewrites are disabled, counted, or bisected."""
@@ -52,8 +50,7 @@ class Ring:
         rows: the dimension of the result's that is computed part after part.
         sides: of each product, which operand has the rows, and which dimension of its they are.
         element: of the result.
-        mesh: the axes that are manual, and their sizes.
-        groups: how many such meshes there are, one after another.
+        among: the devices that it goes round among.
     """
 
     products: tuple[Product, ...]
@@ -62,12 +59,11 @@ class Ring:
     rows: int
     sides: tuple[tuple[int, int], ...]
     element: Any
-    mesh: tuple[tuple[str, int], ...]
-    groups: int
+    among: Groups
 
     def __call__(self, *operands: jax.Array) -> jax.Array:
         """A device's result, of its parts of the operands."""
-        count, here = dict(self.mesh)[AXIS], jax.lax.axis_index(AXIS)
+        count, here = dict(self.among.mesh)[AXIS], jax.lax.axis_index(AXIS)
         is_float = jnp.issubdtype(self.element, jnp.floating)
         wide = jnp.promote_types(self.element, jnp.float32) if is_float else self.element
 
@@ -133,14 +129,14 @@ def _tree(value: Value, below: bool = False) -> list[Any] | None:
 
 def ring_of(leaves: Sequence[Any], tree: Sequence[Any], shardings: Shardings, least: float) -> Ring | None:
     """How a sum of products goes round; None where it is not split along the tensor axis alone, or takes too little."""
-    mesh = shardings.mesh_around(leaves[0])
-    count = mesh.get(AXIS, 1)
-    if count == 1 or [*shardings.mesh][len(shardings.mesh) - len(mesh) :] != [*mesh]:
+    around = shardings.groups_around(leaves[0])
+    if around is None or (count := around[0].get(AXIS, 1)) == 1:
         return None
+    mesh, groups = around
     products, operands, lies = [], [], set()
     for leaf in leaves:
         first, second = (shardings.of(v) for v in leaf.operands)
-        read = None if first is None or second is None else of_product(leaf, first, second)
+        read = None if first is None or second is None else manual.product(leaf, first, second)
         if read is None or read[1] != [AXIS]:
             return None
         products.append(read[0])
@@ -151,9 +147,9 @@ def ring_of(leaves: Sequence[Any], tree: Sequence[Any], shardings: Shardings, le
         return None
     values = [v for leaf in leaves for v in leaf.operands]
     arrays = [*zip(values, operands, strict=True), (leaves[0].result, result)]
-    if not all(_divides(mesh, v, lie) for v, lie in arrays):
+    if not all(manual.divides(mesh, v, lie) for v, lie in arrays):
         return None
-    local = _local(mesh, leaves[0].result, result)
+    local = manual.local(mesh, leaves[0].result, result)
     flops = sum(
         2.0 * math.prod(local) * _inner(mesh, leaf, lie) for leaf, lie in zip(leaves, operands[::2], strict=True)
     )
@@ -162,24 +158,15 @@ def ring_of(leaves: Sequence[Any], tree: Sequence[Any], shardings: Shardings, le
     for rows, size in enumerate(local):
         sides = [_side(leaf, rows) for leaf in leaves]
         if size % count == 0 and all(sides):
-            groups = math.prod(shardings.mesh.values()) // math.prod(mesh.values())
-            further = (m.dtype(leaves[0].result), tuple(mesh.items()), groups)
+            further = (m.dtype(leaves[0].result), Groups(tuple(mesh.items()), groups))
             return Ring(tuple(products), tuple(operands), result, rows, tuple(s for s in sides if s), *further)
     return None
-
-
-def _local(mesh: dict[str, int], value: Value, lies: Sharding) -> list[int]:
-    return [n // math.prod(mesh[a] for a in axes) for n, axes in zip(m.shape(value), lies, strict=True)]
-
-
-def _divides(mesh: dict[str, int], value: Value, lies: Sharding) -> bool:
-    return all(n % math.prod(mesh[a] for a in axes) == 0 for n, axes in zip(m.shape(value), lies, strict=True))
 
 
 def _inner(mesh: dict[str, int], product: Any, lies: Sharding) -> int:
     """The size of what a device sums over."""
     numbers = stablehlo.DotDimensionNumbers(product.dot_dimension_numbers)
-    local = _local(mesh, product.operands[0], lies)
+    local = manual.local(mesh, product.operands[0], lies)
     return math.prod(local[d] for d in numbers.lhs_contracting_dimensions)
 
 
@@ -201,13 +188,4 @@ def _side(product: Any, dimension: int) -> tuple[int, int] | None:
 @functools.lru_cache(maxsize=64)
 def _lowered(ring: Ring, types: tuple, device: Device) -> str:
     """The loop over whole arrays, as a module: layers that are alike share it."""
-
-    def spec(lies: Sequence[Axes]) -> PartitionSpec:
-        return PartitionSpec(*(axes or None for axes in lies))
-
-    given = tuple(map(spec, ring.operands))
-    function = jax.shard_map(ring, in_specs=given, out_specs=spec(ring.result), check_vma=False)
-    structs = [jax.ShapeDtypeStruct(*kind) for kind in types]
-    module = lower_alone(function, structs, device.platform, device.kind, dict(ring.mesh))
-    exchange_in_each_group(module, ring.mesh, ring.groups)
-    return m.text(module, large_constants=True)
+    return ring.among.lowered(ring, ring.operands, ring.result, types, device)

@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel
-from kpx.jax_internals import lower_alone
+from kpx.passes import manual
 from kpx.passes.composites import Device
+from kpx.passes.manual import Groups, Product
 from kpx.passes.shardings import Axes, Sharding, Shardings, constrained_to
-from kpx.passes.spread import exchange_in_each_group
 
 NAME = "kpx.scattered_sum"
 """What it is called where rewrites are disabled, counted, or bisected."""
@@ -32,19 +31,6 @@ FEATURE = "scatters"
 
 _TILE = (8, 128)
 _ROWS = 64
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product, as `jax.lax.dot_general` takes it."""
-
-    dimension_numbers: Any
-    precision: tuple[str, ...] | None
-    element: Any
-
-    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        precision = None if self.precision is None else tuple(map(jax.lax.Precision, self.precision))
-        return jax.lax.dot_general(lhs, rhs, self.dimension_numbers, precision, self.element)
 
 
 @dataclass(frozen=True)
@@ -79,8 +65,7 @@ class Scattered:
         dimension: the one of the result's that the sum is scattered over.
         along: the axes of that.
         rest: further axes that parts are summed along.
-        mesh: the axes that are manual, and their sizes.
-        groups: how many such meshes there are, one after another.
+        among: the devices that they are summed among.
     """
 
     part: Product | Rows
@@ -89,13 +74,12 @@ class Scattered:
     dimension: int
     along: Axes
     rest: Axes
-    mesh: tuple[tuple[str, int], ...]
-    groups: int
+    among: Groups
 
     def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """A device's part of the sum."""
         made = jnp.moveaxis(self.part(a, b), self.dimension, 0)
-        parts = math.prod(dict(self.mesh)[a] for a in self.along)
+        parts = math.prod(dict(self.among.mesh)[a] for a in self.along)
         mine = (made.shape[0] // parts, *made.shape[1:])
         if (shape := kept(mine)) != mine:
             made = made.reshape(parts * shape[0], *shape[1:])
@@ -144,12 +128,11 @@ def scattered(op: Any, wanted: Sharding | None, shardings: Shardings) -> Scatter
     """How a sum is scattered that is wanted split; None where it is not, or not by its operands' shardings alone."""
     values = [*op.operands][-2:]
     first, second = (shardings.of(v) for v in values)
-    mesh = shardings.mesh_around(op)
-    if wanted is None or first is None or second is None:
+    around = shardings.groups_around(op)
+    if wanted is None or first is None or second is None or around is None:
         return None
-    if [*shardings.mesh][len(shardings.mesh) - len(mesh) :] != [*mesh]:
-        return None  # groups' devices would not be numbered one after another
-    read = of_product if isinstance(op, stablehlo.DotGeneralOp) else _of_rows
+    mesh, count = around
+    read = manual.product if isinstance(op, stablehlo.DotGeneralOp) else _of_rows
     if (found := read(op, first, second)) is None:
         return None
     part, summed, made = found
@@ -162,36 +145,15 @@ def scattered(op: Any, wanted: Sharding | None, shardings: Shardings) -> Scatter
     if not {*along} <= {*summed} or len({*used, *summed}) < len(used) + len(summed):
         return None
     arrays = [*zip(values, (first, second), strict=True), (op.results[0], wanted)]
-    if not all(
-        n % math.prod(mesh[a] for a in axes) == 0 for v, s in arrays for n, axes in zip(m.shape(v), s, strict=True)
-    ):
+    if not all(manual.divides(mesh, value, lies) for value, lies in arrays):
         return None
     rest = tuple(a for a in mesh if a in summed and a not in along)
-    groups = math.prod(shardings.mesh.values()) // math.prod(mesh.values())
-    return Scattered(part, (first, second), wanted, split[0], along, rest, tuple(mesh.items()), groups)
-
-
-def of_product(op: Any, lhs: Sharding, rhs: Sharding) -> tuple[Product, list[str], list[Axes]] | None:
-    """A product, the axes that it sums over, and how it lies but for that."""
-    if "algorithm" in op.attributes:
-        return None
-    numbers = stablehlo.DotDimensionNumbers(op.dot_dimension_numbers)
-    inner = (tuple(numbers.lhs_contracting_dimensions), tuple(numbers.rhs_contracting_dimensions))
-    batch = (tuple(numbers.lhs_batching_dimensions), tuple(numbers.rhs_batching_dimensions))
-    if any(lhs[i] != rhs[j] for i, j in [*zip(*inner, strict=True), *zip(*batch, strict=True)]):
-        return None
-    made = [lhs[i] for i in batch[0]]
-    made += [axes for d, axes in enumerate(lhs) if d not in inner[0] + batch[0]]
-    made += [axes for d, axes in enumerate(rhs) if d not in inner[1] + batch[1]]
-    precision = None
-    if "precision_config" in op.attributes:
-        given = ir.ArrayAttr(op.attributes["precision_config"])
-        precision = tuple(stablehlo.PrecisionAttr(a).value.lower() for a in given)
-    return Product((inner, batch), precision, m.dtype(op.result)), [a for i in inner[0] for a in lhs[i]], made
+    among = Groups(tuple(mesh.items()), count)
+    return Scattered(part, (first, second), wanted, split[0], along, rest, among)
 
 
 def _of_rows(op: Any, indices: Sharding, updates: Sharding) -> tuple[Rows, list[str], list[Axes]] | None:
-    """A sum of rows into nothing, as `of_product` gives a product."""
+    """A sum of rows into nothing, as `manual.product` gives a product."""
     body = [inner.operation.name for inner in op.regions[0].blocks[0].operations]
     if len(op.results) != 1 or body != ["stablehlo.add", "stablehlo.return"] or m.splat(op.operands[0]) != 0:
         return None
@@ -239,9 +201,4 @@ def kept(shape: tuple[int, ...]) -> tuple[int, ...]:
 @functools.lru_cache(maxsize=64)
 def _lowered(way: Scattered, types: tuple, device: Device) -> str:
     """The sum and its exchange, of whole arrays, as a module: layers that are alike share it."""
-    specs = [PartitionSpec(*(axes or None for axes in s)) for s in (*way.operands, way.result)]
-    function = jax.shard_map(way, in_specs=tuple(specs[:2]), out_specs=specs[2], check_vma=False)
-    structs = [jax.ShapeDtypeStruct(*kind) for kind in types]
-    module = lower_alone(function, structs, device.platform, device.kind, dict(way.mesh))
-    exchange_in_each_group(module, way.mesh, way.groups)
-    return m.text(module, large_constants=True)
+    return way.among.lowered(way, way.operands, way.result, types, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, TypeAlias
 
@@ -66,6 +67,13 @@ class Shardings:
         """The axes that an operation's values may be split over: all but those of manual computations around it."""
         manual = _manual_axes(op)
         return {a: n for a, n in self.mesh.items() if a not in manual}
+
+    def groups_around(self, op: Any) -> tuple[dict[str, int], int] | None:
+        """`mesh_around`, and how many groups of so many devices there are; None where a group's are not numbered one after another."""
+        mesh = self.mesh_around(op)
+        if [*self.mesh][len(self.mesh) - len(mesh) :] != [*mesh]:
+            return None
+        return mesh, math.prod(self.mesh.values()) // math.prod(mesh.values())
 
     def _propagate(self, module: ir.Module) -> None:
         integer = ir.IntegerType.get_signless(64, module.context)

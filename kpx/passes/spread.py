@@ -78,9 +78,9 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], around: Any, shardings:
     """
     if not pattern.parallel:
         return None
-    mesh = shardings.mesh_around(around)
-    if [*shardings.mesh][len(shardings.mesh) - len(mesh) :] != [*mesh]:
-        return None  # groups' devices would not be numbered one after another
+    if (found := shardings.groups_around(around)) is None:
+        return None
+    mesh, groups = found
     axes: dict[str, Axes] = {}
     gathered: set[str] = set()
     given = [_letters(pattern, place, v) for place, v in enumerate(inputs)]
@@ -110,7 +110,6 @@ def spread_of(pattern: Pattern, inputs: Sequence[Value], around: Any, shardings:
     # other axes than the results (tensor parallelism) must not be gathered: devices along those would do the same.
     if not split or not gathered <= split:
         return None
-    groups = math.prod(shardings.mesh.values()) // math.prod(mesh.values())
     return Spread(tuple(mesh.items()), tuple(sorted(axes.items())), tuple(given[: len(pattern.example)]), groups)
 
 
