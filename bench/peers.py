@@ -57,7 +57,8 @@ def _jitted(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[Any, list[j
     """The function that the bridge makes of a model, jitted and not lowered, its weights, and the inputs."""
     from kpx.bridges.torch.capture import capture
     from kpx.bridges.torch.exported import ExportedFunction
-    from kpx.bridges.torch.tensors import LiveWeights, to_array
+    from kpx.bridges.torch.tensors import to_array
+    from kpx.bridges.torch.weights import LiveWeights
 
     device = jax.devices("cpu")[0]
     program = capture(model, (), inputs)

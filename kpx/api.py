@@ -29,8 +29,10 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     target: str | Target | None = None,
     config: Config | None = None,
-    training: bool = False,
+    training: bool | None = None,
     dynamic_shapes: Any = None,
+    fullgraph: bool = False,
+    inplace: bool = False,
 ) -> Any:
     """A faster version of a model or function, with the same interface.
 
@@ -41,29 +43,33 @@ def optimize(
         example_kwargs: named inputs to compile for now.
         target: the platform to run on; by default JAX's default device (the CPU for PyTorch models).
         config: what may be done; `Config()` by default.
-        training: (PyTorch) outputs carry gradients, and the backward pass is compiled too.
-        dynamic_shapes: (PyTorch) which sizes vary: as in `torch.export.export`, so that the model is captured
-            once for all of them, or a `kpx.Buckets`, which pads to few sizes. By default each new shape is
-            captured and compiled anew.
+        training: (PyTorch) deprecated, without effect: where grad mode is on and an input or parameter requires grad, outputs
+            carry gradients and the backward pass is compiled.
+        dynamic_shapes: (PyTorch) that sizes vary, as in `torch.export.export`: the model is captured once for all of them; or
+            a `kpx.Buckets`, which pads to few sizes. By default a size that changes is a symbol from its second value on.
+            Each set of sizes has a program of its own.
+        fullgraph: (PyTorch) raise where the model cannot be captured whole, or an operator has no lowering rule. By default
+            eager PyTorch runs what lies between the compiled parts, with a `GraphBreakWarning`.
+        inplace: (PyTorch) change the model itself, so that its own calls run compiled, and return it.
 
     Returns:
-        For a `torch.nn.Module` (or an ExportedProgram) an `nn.Module` that shares its weights; for a flax module a
-        callable that does; for a JAX function, `kpx.jit` of it.
+        For a `torch.nn.Module` (or an ExportedProgram) a module of a subclass of its class that shares its state; for a flax
+        module a callable that does; for a JAX function, `kpx.jit` of it.
 
     Raises:
         InputError: this is none of those, or an example input is not one.
         ConfigError, TargetError: `config` or `target` is not one.
         CaptureError, UnsupportedError: (with example inputs) the model could not be brought over.
     """
-    config = budget.resolved(resolve(config), model, training)
+    config = budget.resolved(resolve(config), model, bool(training))
+    options = {"training": training, "dynamic_shapes": dynamic_shapes, "fullgraph": fullgraph, "inplace": inplace}
+    asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if (bridge := registry.find(model)) is not None:
         chosen = bridge.resolve_target(target)
-        options = {"training": training, "dynamic_shapes": dynamic_shapes}
-        asked = {name: value for name, value in options.items() if value not in (False, None)}
         return bridge.optimize(model, example_inputs, example_kwargs, chosen, config, **asked)
-    if training or dynamic_shapes is not None:
+    if asked:
         raise InputError(
-            "`training=True` and `dynamic_shapes=` are for PyTorch models. A JAX function is differentiated by "
+            f"{', '.join(f'`{name}=`' for name in asked)} is for PyTorch models. A JAX function is differentiated by "
             "`jax.grad`, inside or outside `kpx.jit`, and compiled anew for each shape."
         )
     if not callable(model):

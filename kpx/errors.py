@@ -20,11 +20,23 @@ class TargetError(KpxError, ValueError):
 
 
 class UnsupportedError(KpxError, NotImplementedError):
-    """The model uses something kpx has no lowering for yet."""
+    """The model uses something kpx has no lowering for yet.
+
+    Attributes:
+        nodes: (PyTorch) the nodes of the captured graph that cannot be lowered, innermost first.
+    """
+
+    def __init__(self, message: str, nodes: tuple = ()):
+        super().__init__(message)
+        self.nodes = nodes
 
 
 class CaptureError(KpxError, RuntimeError):
     """The model could not be captured as a graph (data-dependent control flow, for one)."""
+
+
+class ForkError(KpxError, RuntimeError):
+    """This process was forked from one in which compiled programs had run."""
 
 
 class CompileError(KpxError, RuntimeError):

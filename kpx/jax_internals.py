@@ -32,6 +32,11 @@ def is_tracing() -> bool:
     return not _core.trace_state_clean()
 
 
+def has_backend() -> bool:
+    """Return whether JAX has started a client in this process, and with it threads."""
+    return _xla_bridge.backends_are_initialized()
+
+
 def compute_in_callers_thread() -> None:
     """Turns JAX's asynchronous dispatch on the CPU off, where no client has been made yet; later it has no effect."""
     if not _xla_bridge.backends_are_initialized():

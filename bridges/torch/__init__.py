@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from kpx.bridges.torch.module import OptimizedModule, example
-from kpx.bridges.torch.padding import BucketedModule
+from kpx.bridges.torch.ahead import compile_for, example
+from kpx.bridges.torch.engine import unchanged
+from kpx.bridges.torch.graphs import Settings
+from kpx.bridges.torch.module import OptimizedModule, settings_for, wrap
+from kpx.bridges.torch.padding import BucketedModule, wrap_in_buckets
 from kpx.bridges.torch.pure import functional
 from kpx.bridges.torch.registry import lowers
 from kpx.bridges.torch.validation import TorchReference
@@ -79,39 +83,47 @@ def optimize(
     target: Target,
     config: Config,
     *,
-    training: bool = False,
+    training: bool | None = None,
     dynamic_shapes: Any = None,
-) -> OptimizedModule:
+    fullgraph: bool = False,
+    inplace: bool = False,
+) -> Any:
     """See `kpx.optimize`."""
     if target.platform != "cpu":
         raise InputError(
             f"PyTorch tensors live on the CPU or CUDA, and passing them to {target.platform} is not supported "
             "yet. Use `target='cpu'`."
         )
+    if training is not None:
+        warnings.warn(
+            "`training=` has no effect any more and will be removed: outputs carry gradients where grad mode is on. Leave "
+            "it out, and call the model under `torch.no_grad()` for inference.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
-    optimized = _optimized(model, target, config, training, dynamic_shapes)
+    optimized = _optimized(model, settings_for(model, target, config, fullgraph), dynamic_shapes, inplace)
     if example_inputs is not None or example_kwargs is not None:
-        args, kwargs = _examples(example_inputs, example_kwargs)
-        optimized.compile_for(args, kwargs)
+        _first_call(model, optimized, *_examples(example_inputs, example_kwargs))
     return optimized
 
 
-def _optimized(model: torch.nn.Module, target: Target, config: Config, training: bool, shapes: Any) -> OptimizedModule:
-    if training:
-        if shapes is not None:
-            raise InputError(
-                "`training=True` does not take `dynamic_shapes=`: mark what varies on the tensors themselves, with "
-                "`torch._dynamo.mark_dynamic(x, dim)`, or leave it out: a second size is taken as dynamic."
-            )
-        from kpx.bridges.torch.training import TrainableModule  # Dynamo takes seconds to import
-
-        return TrainableModule(model, target, config)
+def _optimized(model: torch.nn.Module, settings: Settings, shapes: Any, inplace: bool) -> Any:
     if isinstance(shapes, Buckets):
-        return BucketedModule(model, target, config, shapes)
-    if isinstance(model, OptimizedModule) and shapes is None:
+        if inplace:
+            raise InputError("`inplace=True` does not take buckets. Leave one of them out.")
+        return wrap_in_buckets(model, settings, shapes)
+    if isinstance(model, OptimizedModule) and shapes is None and not inplace:
         return model
-    return OptimizedModule(model, target, config, shapes)
+    return wrap(model, settings, inplace=inplace, dynamic=None if shapes is None else True)
+
+
+def _first_call(model: torch.nn.Module, optimized: Any, args: list, kwargs: dict) -> None:
+    """Compile for inputs by a call whose effects on buffers, gradients and random state are undone."""
+    gradients = torch.is_grad_enabled() and model.training
+    with torch.set_grad_enabled(gradients), unchanged(model):
+        optimized(*args, **kwargs)
 
 
 def compile(
@@ -122,12 +134,15 @@ def compile(
     config: Config,
 ) -> Compiled:
     """See `kpx.compile`."""
-    if target.is_present:
-        optimized = optimize(model, None, None, target, config)
-    else:
-        module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
-        optimized = OptimizedModule(module, target, config)
-    return optimized.compile_for([example(a) for a in args], {k: example(v) for k, v in kwargs.items()})
+    if target.is_present and target.platform != "cpu":
+        raise InputError(
+            f"PyTorch tensors live on the CPU or CUDA, and passing them to {target.platform} is not supported "
+            "yet. Use `target='cpu'`."
+        )
+    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    if isinstance(module, OptimizedModule):
+        module = type(module)._kpx_engine.model
+    return compile_for(module, [example(a) for a in args], {k: example(v) for k, v in kwargs.items()}, target, config)
 
 
 def _examples(inputs: Any, kwargs: Any) -> tuple[list, dict]:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 import torch
 from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._dynamo.backends.common import aot_autograd
@@ -20,99 +19,13 @@ from torch._functorch.aot_autograd import aot_function
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kpx.bridges.torch import joint
-from kpx.bridges.torch.exported import TENSOR
-from kpx.bridges.torch.interpret import as_jax_function, is_random
-from kpx.bridges.torch.invoke import TensorProgram
-from kpx.bridges.torch.outputs import Outputs
+from kpx.bridges.torch import internals, joint
+from kpx.bridges.torch.graphs import CompiledGraph, Settings, boxed, written_inputs
 from kpx.bridges.torch.registry import RULES
-from kpx.bridges.torch.shapes import ShapeHistory
-from kpx.bridges.torch.tensors import to_tensor
 from kpx.config import Config, resolve
-from kpx.errors import InputError, UnsupportedError
+from kpx.errors import GraphBreakWarning, InputError, UnsupportedError
 from kpx.hardware.target import Target
 from kpx.jax_internals import compute_in_callers_thread
-from kpx.runtime.memory import keep_freed
-
-
-class _Program:
-    """A graph compiled for the sizes of its inputs."""
-
-    def __init__(
-        self,
-        function: Callable,
-        needs_key: bool,
-        args: Sequence[Any],
-        gradients: frozenset[int],
-        target: Target,
-        config: Config,
-    ):
-        """Compiles it.
-
-        Args:
-            gradients: places of the arguments that are gradients of a result.
-        """
-        self._tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
-        self._outputs: list[Any] = []
-        constants = [None if isinstance(a, torch.Tensor) else a for a in args]
-
-        def arrays_only(weights, arrays, key):
-            values = list(constants)
-            for i, array in zip(self._tensors, arrays, strict=True):
-                values[i] = array
-            results = function(values, key)
-            is_array = [isinstance(r, (jax.Array, np.ndarray)) for r in results]
-            self._outputs = [TENSOR if a else r for a, r in zip(is_array, results, strict=True)]
-            return [r for a, r in zip(is_array, results, strict=True) if a]
-
-        inputs = [args[i] for i in self._tensors]
-        given = {p for p, i in enumerate(self._tensors) if i in gradients}
-        self._call = TensorProgram(arrays_only, [], inputs, needs_key, target, config, gradients=given)
-        self._call.model.load([])  # what depends on nothing is computed once
-
-    def __call__(self, args: Sequence[Any]) -> list[Any]:
-        left = iter(self._call([args[i].detach() for i in self._tensors]))
-        return [to_tensor(next(left)) if p is TENSOR else p for p in self._outputs]
-
-
-def compile_graph(
-    graph: torch.fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    target: Target,
-    config: Config,
-    backward: bool = False,
-) -> Callable[[list[Any]], list[Any]]:
-    """A functional ATen graph as a function of tensors and sizes; each new set of sizes is compiled once.
-
-    Raises:
-        UnsupportedError: an op has no rule.
-    """
-    if backward:
-        keep_freed()
-    outputs = Outputs(graph, backward)
-    function = as_jax_function(outputs.graph)
-    needs_key = is_random(outputs.graph)
-    places = enumerate(n.name for n in outputs.graph.find_nodes(op="placeholder"))
-    # AOTAutograd's own name for what the backward pass is given beside saved values.
-    gradients = frozenset(i for i, name in places if name.startswith("tangents_")) if backward else frozenset()
-    programs: dict[Any, _Program] = {}
-    # A graph without symbolic sizes is only ever called with those it was captured for: Dynamo guards them.
-    fixed = not any(isinstance(a, (torch.SymInt, torch.SymFloat)) for a in example_inputs)
-    history = ShapeHistory("the graph of torch.compile")
-
-    def run(args: list[Any]) -> list[Any]:
-        key = None if fixed else tuple(a.shape if isinstance(a, torch.Tensor) else a for a in args)
-        if (program := programs.get(key)) is None:
-            if not fixed:
-                history.note([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
-            program = programs[key] = _Program(function, needs_key, args, gradients, target, config)
-        results = outputs.take(args, program(args))
-        args.clear()  # the caller gives its inputs up, so that they need not outlive their use
-        return results
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
 
 
 @functools.cache
@@ -124,16 +37,25 @@ def decompositions() -> dict:
     return {op: f for op, f in table.items() if op not in kept}
 
 
-def compilers(target: Target, config: Config) -> dict[str, Any]:
-    """What AOTAutograd is told: compilers of the two graphs, how to cut them, what to decompose."""
-    compiler = functools.partial(compile_graph, target=target, config=config)
+def compilers(settings: Settings) -> dict[str, Any]:
+    """Return AOTAutograd's options: compilers of the graphs, how to partition them, what to decompose."""
+
+    def compiler(kind: str) -> Callable:
+        return lambda graph, example_inputs: boxed(CompiledGraph(graph, settings, kind))
+
     return {
-        "fw_compiler": compiler,
-        "bw_compiler": functools.partial(compiler, backward=True),
-        "inference_compiler": compiler,
+        "fw_compiler": compiler("forward"),
+        "bw_compiler": compiler("backward"),
+        "inference_compiler": compiler("inference"),
         "partition_fn": joint.partition,
         "decompositions": decompositions(),
     }
+
+
+def settings(config: Config | None, **options) -> Settings:
+    """Return the settings of graphs for this machine's CPU."""
+    config = resolve(config)
+    return Settings(_target(), config, dataclasses.replace(config, prepare=False), **options)
 
 
 def differentiable(function: Callable, config: Config | None = None) -> Callable:
@@ -141,7 +63,7 @@ def differentiable(function: Callable, config: Config | None = None) -> Callable
 
     Without Dynamo: the function's Python runs once, and must not depend on the tensors' values.
     """
-    compiled = aot_function(function, **compilers(_target(), training(config)))
+    compiled = aot_function(function, **compilers(settings(config)))
 
     def call(*tensors):
         # Constants that the function makes are tensors like others.
@@ -155,11 +77,6 @@ def differentiable(function: Callable, config: Config | None = None) -> Callable
 def _target() -> Target:
     compute_in_callers_thread()
     return Target.resolve("cpu")
-
-
-def training(config: Config | None) -> Config:
-    """Weights are inputs like others, and nothing is prepared: they change at every step."""
-    return dataclasses.replace(resolve(config), prepare=False)
 
 
 def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, options: dict | None = None, **rest: Any):
@@ -177,15 +94,61 @@ def backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, optio
         raise InputError(
             f"backend='kpx' was given {', '.join(map(repr, unknown))}. It takes `options={{'config': ...}}`."
         )
-    return compile_with(graph, example_inputs, target=_target(), config=training((options or {}).get("config")))
+    return compile_with(graph, example_inputs, settings((options or {}).get("config")))
 
 
-def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], *, target: Target, config: Config):
-    """A graph of Dynamo's as a callable, differentiable where its inputs are."""
+def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable:
+    """Compile a graph of Dynamo's to a callable, differentiable where its inputs are.
+
+    Where a tensor is not on the CPU, PyTorch itself runs the graph, with a warning.
+
+    Raises:
+        UnsupportedError: a tensor is not on the CPU, and `settings.fullgraph` is set.
+    """
     for tensor in example_inputs:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-            raise UnsupportedError(
-                f"A tensor on {tensor.device} was given, and kpx compiles for the CPU here. Move the model: "
-                "`model.cpu()`."
-            )
-    return aot_autograd(**compilers(target, config))(graph, example_inputs)
+            message = f"{settings.label} has a tensor on {tensor.device}, and kpx compiles for the CPU here."
+            if settings.fullgraph:
+                raise UnsupportedError(f"{message} Move the model and its inputs: `.cpu()`.")
+            warnings.warn(f"{message} Eager PyTorch runs this part.", GraphBreakWarning, stacklevel=2)
+            return graph
+    settings.writes_state = settings.writes_state or internals.writes_python_state()
+    compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
+    return _on_aliases(compiled, graph, written_inputs(), example_inputs)
+
+
+def _on_aliases(compiled: Callable, graph: Callable, written: Sequence[int], example_inputs: Sequence[Any]) -> Callable:
+    """Return a callable that leaves calls whose inputs share memory which is written to PyTorch itself.
+
+    AOTAutograd makes a graph functional for the aliases among the inputs that it was compiled with, and Dynamo guards those
+    that were there alone (pytorch/pytorch#139789).
+    """
+    if not written or _alias(written, example_inputs):
+        return compiled
+
+    def call(*args):
+        return graph(*args) if _alias(written, args) else compiled(*args)
+
+    return call
+
+
+def _alias(written: Sequence[int], args: Sequence[Any]) -> bool:
+    """Return whether an input that is written shares memory with another input."""
+    spans = [(i, *_span(a)) for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    for i in written:
+        target = args[i]
+        if not isinstance(target, torch.Tensor):
+            continue
+        start, end = _span(target)
+        if any(j != i and args[j] is not target and low < end and start < high for j, low, high in spans):
+            return True
+    return False
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor's elements, and the one after the last."""
+    if not tensor.numel() or tensor.layout is not torch.strided:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()

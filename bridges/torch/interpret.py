@@ -52,7 +52,7 @@ _ON_VALUES = {
 def module_path(node: torch.fx.Node) -> str:
     """Where in the model a node comes from: `encoder.layer.0.attention`, or '' at the top."""
     stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0].removeprefix("L['self'].") if stack else ""
+    return list(stack.values())[-1][0].removeprefix("L['self']").removeprefix(".") if stack else ""
 
 
 def _place(node: torch.fx.Node) -> str:
@@ -85,6 +85,20 @@ def check_supported(graph: torch.fx.Graph) -> None:
             + "\n".join(lines)
             + "\nAdd a rule with `@kpx.bridges.torch.lowers(op)` over a JAX function, or replace the op."
         )
+
+
+def unsupported_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Return the nodes of a graph that have no rule, or hold a branch or loop body with an op that has none."""
+    owner = graph.owning_module
+    missing: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and not is_known(_op_of(node)):
+            missing.add(node)
+        if node.op == "get_attr":
+            body: Any = getattr(owner, str(node.target), None)
+            if isinstance(body, torch.fx.GraphModule) and unsupported_nodes(body.graph):
+                missing |= set(node.users)
+    return missing
 
 
 def _op_of(node: torch.fx.Node) -> Any:
@@ -208,11 +222,13 @@ def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
         try:
             return rule(*args, **_without_defaults(kwargs))
         except KpxError as error:
-            raise UnsupportedError(f"`{op}` in {_place(node)}: {error}") from error
+            message = f"`{op}` in {_place(node)}: {error}"
+            raise UnsupportedError(message, (*getattr(error, "nodes", ()), node)) from error
         except (TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"The lowering rule of `{op}` does not take this case, in {_place(node)}: {error}\n"
-                f"  inputs: {_described(args)}"
+                f"  inputs: {_described(args)}",
+                (node,),
             ) from error
 
 
@@ -236,7 +252,8 @@ def _check(node: torch.fx.Node, result: Any) -> None:
         raise UnsupportedError(
             f"The lowering rule of `{node.target}` gave {got} where PyTorch gives "
             f"{jnp.dtype(to_jax(e.dtype)).name}{list(e.shape)}, in {_place(node)}. "
-            "Please report it; nothing was computed."
+            "Please report it; nothing was computed.",
+            (node,),
         )
 
 

@@ -13,7 +13,8 @@ import torch
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.exported import TENSOR, ExportedFunction, Signature
-from kpx.bridges.torch.tensors import LiveWeights, canonical, dense_order, to_array, to_tensor
+from kpx.bridges.torch.tensors import canonical, dense_order, to_array, to_tensor
+from kpx.bridges.torch.weights import LiveWeights
 from kpx.config import Config
 from kpx.hardware.target import Target
 from kpx.runtime.build import ModelProgram
@@ -95,24 +96,28 @@ class TensorProgram:
         """What makes the same program in another process."""
         return {"model": self.model.saved(), "messages": self._messages}
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[jax.Array]:
-        """The results for tensors that carry no gradient.
+    def __call__(self, tensors: Sequence[torch.Tensor], held: Sequence[jax.Array] | None = None) -> list[jax.Array]:
+        """Return the results for tensors that carry no gradient.
+
+        Args:
+            held: what `ModelProgram.prepared` returned of the weights; by default, of those loaded last.
 
         Raises:
             IndexError: an index is out of range.
             LinAlgError: a matrix is singular, or not positive-definite.
         """
         device = self._device
+        held = self.model.held if held is None else held
         if not self._is_row_major:
             tensors = self._ordered(tensors)
         arrays = [to_array(t, device) for t in tensors]
         if self._needs_key:
             arrays.append(_draw_key(device))
         try:
-            results = self.model.run(*arrays)
+            results = self.model.run_with(held, *arrays)
         except ValueError:  # a dimension of size 1 with a stride of its own reads as another layout
             arrays[: len(tensors)] = [to_array(canonical(t), device) for t in tensors]
-            results = self.model.run(*arrays)
+            results = self.model.run_with(held, *arrays)
         if self._is_plain:
             return results
         if self._messages:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from kpx.bridges.torch.module import OptimizedModule
+from kpx.bridges.torch import internals
+from kpx.bridges.torch.graphs import Settings
+from kpx.bridges.torch.module import OptimizedModule, subclass_instance
 from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.buckets import Buckets
-from kpx.config import Config
 from kpx.errors import InputError
-from kpx.hardware.target import Target
 
 _KINDS = ("batch", "sequence")
 _MASK = "attention_mask"
@@ -28,17 +30,46 @@ class BucketedModule(OptimizedModule):
     bucket in which they differ is refused.
     """
 
-    def __init__(self, model: torch.nn.Module, target: Target, config: Config, buckets: Buckets):
-        super().__init__(model, target, config)
-        self.__dict__["_buckets"] = buckets
-        self.__dict__["_shapes"] = ShapeHistory("", warns=False)  # many sizes are what was asked for
-        self.__dict__["_cuts"] = {}
-        parameters = inspect.signature(model.forward).parameters
-        self.__dict__["_names"] = list(parameters)
-        self.__dict__["_takes_mask"] = _MASK in parameters
+    _kpx_padded: Padded
 
-    def __reduce__(self):
-        return BucketedModule, (self._model, self._target, self._config, self._buckets)
+    def __call__(self, *args, **kwargs):
+        """Return the model's outputs for the unpadded inputs.
+
+        Raises:
+            InputError: an input is larger than the largest bucket, or padding would change the outputs.
+        """
+        if internals.is_tracing_elsewhere():
+            return super().__call__(*args, **kwargs)
+        return type(self)._kpx_padded.forward(*args, **kwargs)
+
+
+def wrap_in_buckets(model: torch.nn.Module, settings: Settings, buckets: Buckets, dynamic: bool | None = None) -> Any:
+    """Return a module that shares a model's state and pads its inputs to buckets."""
+    settings.history = ShapeHistory("", warns=False)  # many sizes are what was asked for
+    again = functools.partial(_wrap_again, buckets=buckets)
+    wrapper = subclass_instance(model, settings, BucketedModule, again, dynamic)
+    type(wrapper)._kpx_padded = Padded(model, type(wrapper)._kpx_engine, buckets)
+    return wrapper
+
+
+def _wrap_again(model: torch.nn.Module, settings: Settings, buckets: Buckets, dynamic: bool | None = None) -> Any:
+    return wrap_in_buckets(model, settings, buckets, dynamic)
+
+
+class Padded:
+    """A model's calls on padded inputs, and the proofs that padding changes nothing."""
+
+    def __init__(self, model: torch.nn.Module, call: Callable, buckets: Buckets):
+        """Prepare to pad.
+
+        Args:
+            call: the compiled model.
+        """
+        self._model, self._call, self._buckets = model, call, buckets
+        self._cuts: dict[Any, Any] = {}
+        parameters = inspect.signature(model.forward).parameters
+        self._names = list(parameters)
+        self._takes_mask = _MASK in parameters
 
     def forward(self, *args, **kwargs):
         """The model's outputs for the unpadded inputs.
@@ -55,13 +86,13 @@ class BucketedModule(OptimizedModule):
         """The outputs of a batch whose rows are all computed at one length."""
         goal = {kind: self._buckets.fit(kind, size) for kind, size in sizes.items()}
         if goal == sizes:
-            return super().forward(*args, **kwargs)
+            return self._call(*args, **kwargs)
         if goal.get("sequence") != sizes.get("sequence"):
             args, kwargs = self._with_mask(args, kwargs, sizes)
         padded_args, padded_kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: _padded(t, sizes, goal), (tuple(args), dict(kwargs))
         )
-        outputs = super().forward(*padded_args, **padded_kwargs)
+        outputs = self._call(*padded_args, **padded_kwargs)
         leaves, spec = pytree.tree_flatten(outputs)
         key = (tuple(goal.items()), tuple(kind for kind in sizes if goal[kind] != sizes[kind]))
         if key not in self._cuts:

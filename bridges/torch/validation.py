@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from kpx.bridges.torch.module import example
+from kpx.bridges.torch.ahead import example
+from kpx.bridges.torch.module import OptimizedModule
 from kpx.config import Config
 
 
@@ -65,9 +66,7 @@ class TorchReference:
         """The model, optimized anew."""
         import kpx
 
-        if gradients:
-            torch._dynamo.reset()
-        return kpx.optimize(self._model, config=config, training=gradients)
+        return kpx.optimize(self._model, config=config)
 
     def planted(self, number: float) -> list[tuple[str, tuple]]:
         """The inputs with one number changed in each floating one, and what it is called."""
@@ -81,10 +80,8 @@ class TorchReference:
 
 
 def is_trainable(candidate: Any) -> bool:
-    """Whether an optimized model computes gradients."""
-    from kpx.bridges.torch.training import TrainableModule
-
-    return isinstance(candidate, TrainableModule)
+    """Return whether an optimized model computes gradients."""
+    return isinstance(candidate, OptimizedModule)
 
 
 def _named(outputs: Any) -> dict[str, tuple[str, np.ndarray]]:

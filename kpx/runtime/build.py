@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,7 @@ class ModelProgram:
         self._structs = [[_struct(a) for a in group] for group in (weights, inputs)]
         self._x64 = x64 or jax.config.jax_enable_x64
         self._original, self._example = None, None
+        self._measuring = threading.Lock()
         self.held: list[jax.Array] = []
         if saved is not None:
             with self._tracing():
@@ -255,14 +257,21 @@ class ModelProgram:
             prepare_module=built.halves.prepare,
         )  # fmt: skip
 
+    def prepared(self, weights: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the arrays that a call reads beside its inputs: prepared ones, then weights as they are.
+
+        The first call measures candidates where an example of the inputs is at hand, and keeps the fastest.
+        """
+        with self._measuring:
+            if self._original is not None and self._example is not None:
+                self._measure(weights, self._example())
+            self._original, self._example = None, None
+        return self._built.held(weights)
+
     def load(self, weights: Sequence[jax.Array]) -> None:
-        """Prepares weights, and holds what a call needs of them; nothing for a target that is not here."""
-        if not self._target.is_present:
-            return
-        if self._original is not None and self._example is not None:
-            self._measure(weights, self._example())
-        self._original, self._example = None, None
-        self.held = self._built.held(weights)
+        """Prepare weights for later calls of `run`; do nothing for a target that is not on this machine."""
+        if self._target.is_present:
+            self.held = self.prepared(weights)
 
     def _measure(self, weights: Sequence[jax.Array], inputs: Sequence[jax.Array]) -> None:
         """Compiles and runs the module in other ways, and goes on with the one that is fastest."""
@@ -291,6 +300,10 @@ class ModelProgram:
             TargetError: the program is for a machine that is not here.
         """
         return self.executable(*self.held, *inputs)
+
+    def run_with(self, held: Sequence[jax.Array], *inputs: jax.Array) -> list[jax.Array]:
+        """Return the outputs for inputs, with weights that `prepared` returned."""
+        return self.executable(*held, *inputs)
 
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:

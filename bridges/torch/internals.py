@@ -1,0 +1,133 @@
+"""What kpx uses of PyTorch's private interfaces: Dynamo's contexts, counters and errors, and the modes that are active."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_numbers = itertools.count()
+
+
+def own_code(function: types.FunctionType) -> types.FunctionType:
+    """Return a function with a code object of its own, so that what Dynamo compiles for it is freed with it.
+
+    The code has a name of its own, too: Dynamo remembers by file, line and name which sizes have changed.
+    """
+    name = f"{function.__name__.partition('_of_')[0]}_of_{next(_numbers)}"
+    code = function.__code__.replace(co_name=name)
+    copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def dynamo_context(
+    backend: Callable,
+    *,
+    fullgraph: bool,
+    dynamic: bool | None,
+    recompile_limit: int,
+    on_recompile: Callable[[str], None],
+) -> Callable[[Callable], Callable]:
+    """Return a decorator that has Dynamo capture a function for a backend.
+
+    Args:
+        on_recompile: called with the guard that failed, when code is compiled again.
+    """
+    from torch._dynamo import eval_frame  # takes seconds to import
+
+    def failed(failure: Any) -> None:
+        on_recompile(str(failure.reason))
+
+    options: dict[str, Any] = {"nopython": fullgraph, "dynamic": dynamic, "guard_fail_fn": failed}
+    parameters = inspect.signature(eval_frame._optimize).parameters
+    if "recompile_limit" in parameters:
+        options["recompile_limit"] = recompile_limit
+    if "isolate_recompiles" in parameters:  # models of one class share the code of what follows a graph break
+        options["isolate_recompiles"] = True
+    _guard_signs_of_zero()
+    context = eval_frame.optimize(backend, **options)
+    # By default Dynamo does not see hooks that are added to or removed from a module after it was captured.
+    patcher = getattr(torch._dynamo.config, "_make_closure_patcher", None)
+    if patcher is not None and hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards"):
+        context.enter_exit_hooks.append(patcher(skip_nnmodule_hook_guards=False))  # of this thread alone
+    return context
+
+
+@functools.cache
+def _guard_signs_of_zero() -> None:
+    """Have Dynamo tell 0.0 from -0.0 where it guards a number, which are equal and compute different results."""
+    from torch._dynamo.guards import GuardBuilder, get_verbose_code_parts
+
+    original = GuardBuilder.EQUALS_MATCH
+
+    @functools.wraps(original)
+    def guarded(self, guard, *args, **kwargs):
+        original(self, guard, *args, **kwargs)
+        value = self.get(guard)
+        if type(value) is not float or value != 0.0:
+            return
+        sign = math.copysign(1.0, value)
+        parts = get_verbose_code_parts([f"math.copysign(1, {self.arg_ref(guard)}) == {sign}"], guard)
+        manager, check = self.get_guard_manager(guard), functools.partial(_has_sign, sign)
+        try:
+            manager.add_lambda_guard(check, parts, guard.user_stack)
+        except TypeError:  # before torch 2.10 the user's stack was no argument
+            manager.add_lambda_guard(check, parts)
+
+    GuardBuilder.EQUALS_MATCH = guarded  # type: ignore[method-assign]
+
+
+def _has_sign(sign: float, value: Any) -> bool:
+    return type(value) is float and math.copysign(1.0, value) == sign
+
+
+def graph_breaks() -> list[Any]:
+    """Return the graph breaks that Dynamo has met in this process: `reason` and `user_stack` of each."""
+    from torch._dynamo import output_graph, utils
+
+    return getattr(utils, "graph_break_reasons", None) or getattr(output_graph, "graph_break_reasons", [])
+
+
+def capture_errors() -> tuple[type[BaseException], ...]:
+    """Return the errors by which Dynamo refuses to capture a frame, or fails to."""
+    from torch._dynamo import exc
+
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit", "RecompileLimitExceeded")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+
+
+def backend_error(error: BaseException) -> BaseException | None:
+    """Return what a backend raised, of Dynamo's error around it; None of another error."""
+    return getattr(error, "inner_exception", None)
+
+
+def is_tracing_elsewhere() -> bool:
+    """Return whether a call is being captured, transformed or watched by PyTorch, so that the model itself must run."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def writes_python_state() -> bool:
+    """Return whether the frame that Dynamo is compiling writes attributes, globals or containers that outlive it."""
+    from torch._dynamo import symbolic_convert
+
+    tx = getattr(symbolic_convert.InstructionTranslator, "current_tx", lambda: None)()
+    if tx is None:
+        return False
+    effects = tx.output.side_effects
+    return any(
+        effects.is_modified(value)
+        for value in effects.id_to_variable.values()
+        if not type(value.mutation_type).__name__.endswith("New")
+    )
