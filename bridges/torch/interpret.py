@@ -59,14 +59,18 @@ def _place(node: torch.fx.Node) -> str:
     return f"`{module_path(node) or 'the model itself'}`"
 
 
+def graph_of(node: torch.fx.Node) -> torch.fx.Graph | None:
+    """The graph of a branch or a loop's body that a node reads; None for any other node."""
+    if node.op != "get_attr":
+        return None
+    held: Any = getattr(node.graph.owning_module, str(node.target), None)
+    return held.graph if isinstance(held, torch.fx.GraphModule) else None
+
+
 def _graphs(graph: torch.fx.Graph) -> list[torch.fx.Graph]:
     """A graph and those of its branches and loop bodies."""
-    found, owner = [graph], graph.owning_module
-    for node in graph.nodes:
-        held: Any = getattr(owner, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(held, torch.fx.GraphModule):
-            found += _graphs(held.graph)
-    return found
+    inner = [g for node in graph.nodes if (g := graph_of(node)) is not None]
+    return [graph, *(nested for g in inner for nested in _graphs(g))]
 
 
 def check_supported(graph: torch.fx.Graph) -> None:
@@ -155,7 +159,8 @@ def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
                     kwargs = kwargs | {"key": keys.get(node)}
                 env[node] = _call(node, args, kwargs)
             elif node.op == "output":
-                return list(torch.fx.node.map_arg(node.args[0], env.__getitem__))
+                results = torch.fx.node.map_arg(node.args[0], env.__getitem__)
+                return list(results) if isinstance(results, (list, tuple)) else [results]
             for dead in last_use.get(node, ()):
                 del env[dead]
         raise KpxError("The captured graph has no output node; please report this model.")
@@ -177,9 +182,9 @@ def _attribute(owner: Any, name: str) -> Any:
     if isinstance(held, torch.fx.GraphModule):
         inner = as_jax_function(held.graph)
 
-        def branch(*values):
+        def branch(*values, key=None):
             with checks.collecting(None):  # what is found inside a branch cannot leave it
-                return tuple(inner(values))
+                return tuple(inner(values, key))
 
         return branch
     return jnp.asarray(held.detach().cpu().numpy()) if isinstance(held, torch.Tensor) else held

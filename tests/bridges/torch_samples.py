@@ -17,6 +17,8 @@ POSITIVE, UNIT = X.abs() + 0.1, X.tanh() * 0.9
 N, B = _t(3, 4, dtype=torch.int64), _t(3, 4) > 0
 IMAGE = _t(2, 4, 9, 8)
 Z = torch.complex(X, Y)
+SMALL = torch.tensor([-128, 127, 5, -3, 100, 1], dtype=torch.int8)
+SHIFTS = torch.tensor([1, -1, 7, 8, 0, 100], dtype=torch.int8)
 NEAREST = ("upsample_nearest", "_upsample_nearest_exact")
 POLYNOMIALS = [
     *(f"{shifted}chebyshev_polynomial_{letter}" for shifted in ("", "shifted_") for letter in "tuvw"),
@@ -92,6 +94,35 @@ MORE = {
     prims.bitwise_not.default: [(N,)],
     prims.gcd.default: [(N, N + 6)],
     **{getattr(prims, f"shift_{n}").default: [(N, N.abs())] for n in ("left", "right_arithmetic")},
+    **{getattr(aten, f"__{s}shift__").Tensor: [(N, N), (SMALL, SHIFTS), (SMALL.to(torch.uint8), SHIFTS.to(torch.uint8))] for s in "lr"},
+    **{getattr(aten, f"__{s}shift__").Scalar: [(SMALL, n) for n in (-1, 0, 2, 7, 8, 70)] + [(N, 63), (N, 64)] for s in "lr"},
+    **{getattr(aten, f"bitwise_{s}_shift").Tensor: [(SMALL, SHIFTS), (N, N.int())] for s in ("left", "right")},
+    **{getattr(aten, f"bitwise_{s}_shift").Tensor_Scalar: [(SMALL, 2), (N, -1)] for s in ("left", "right")},
+    **{getattr(aten, f"bitwise_{s}_shift").Scalar_Tensor: [(-5, SHIFTS), (7, N)] for s in ("left", "right")},
+    aten._convolution.default: [
+        (IMAGE, _t(6, 4, 3, 3), _t(6), [2, 1], [1, 1], [1, 1], False, [0, 0], 1, False, False, True, True),
+        (IMAGE, _t(4, 3, 3, 3), None, [2, 2], [1, 1], [1, 1], True, [1, 0], 1, False, False, True, True),
+    ],
+    aten._convolution.deprecated: [(IMAGE, _t(6, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 2, False, False, True)],
+    aten.conv_tbc.default: [(_t(7, 2, 4), _t(3, 4, 5), _t(5), 1), (_t(7, 2, 4), _t(2, 4, 5), _t(5))],
+    aten.conv_tbc_backward.default: [(_t(7, 2, 5), _t(7, 2, 4), _t(3, 4, 5), _t(5), 1)],
+    aten._index_put_impl.default: [(X, [torch.tensor([0, 2])], V), (X, [None, torch.tensor([1, 1])], V[:1], True)],
+    aten.bincount.default: [(N.abs().flatten(), None, 5), (N.abs().flatten(), X.flatten(), 7), (N.abs().flatten(), X.flatten().half(), 5)],
+    prims.collapse.default: [(IMAGE, 1, 2), (IMAGE, 0, 3), (torch.tensor(2.0), 0, 0)],
+    prims.collapse_view.default: [(IMAGE, 1, 2)],
+    prims.split_dim.default: [(IMAGE, 2, 3)],
+    prims.squeeze.default: [(X[:1, :, None], [0, 2])],
+    prims.transpose.default: [(IMAGE, [2, 0, 3, 1])],
+    prims.reshape.default: [(X, [2, 6])],
+    prims.rev.default: [(IMAGE, [1, 3])],
+    prims.cat.default: [([X, Y], 1)],
+    prims.view_of.default: [(X,)],
+    prims.real.default: [(Z,)],
+    prims.imag.default: [(Z,)],
+    prims.fill.default: [(X, 2.0)],
+    prims.full.default: [(([2, 3], 1.5), {"dtype": torch.float32, "device": "cpu", "requires_grad": False})],
+    prims.full_like.default: [((X, 2), {"dtype": torch.int64, "device": "cpu", "requires_grad": False})],
+    prims.scalar_tensor.default: [((2.5,), {"dtype": torch.float64, "device": "cpu"})],
     prims.conj_physical.default: [(Z,)],
     prims.convert_element_type.default: [(X, torch.bfloat16), (X * 3, torch.int8), (Z, torch.bool)],
     aten.true_divide.Tensor: [(X, Y), (N, N)],
@@ -106,13 +137,33 @@ MORE = {
     prims.device_put.default: [(X, torch.device("cpu"))],
 }  # fmt: skip
 
-# Rules whose result is no tensor, or a draw's gradient: test_torch_state.py and test_torch_ops.py run them.
+QUANTIZED_DECOMPOSED = (
+    "quantize_per_tensor", "quantize_per_tensor.tensor", "quantize_per_tensor.tensor2", "dequantize_per_tensor",
+    "dequantize_per_tensor.tensor", "dequantize_per_tensor.tensor2", "quantize_per_channel", "dequantize_per_channel",
+    "fake_quant_per_channel", "choose_qparams.tensor", "choose_qparams_symmetric.tensor", "choose_qparams_per_token",
+    "choose_qparams_per_token_asymmetric", "_choose_qparams_per_token_asymmetric_impl", "quantize_per_token",
+    "dequantize_per_token", "quantize_per_channel_group", "dequantize_per_channel_group", "convert_element_type.no_fuse",
+)  # fmt: skip
+
+# Rules whose result is no tensor, or a draw's gradient, or that have files of their own; the others are run by
+# test_torch_state.py and test_torch_ops.py.
 ELSEWHERE = {
     aten.sym_storage_offset.default, aten.sym_numel.default, aten.sym_size.int, aten.sym_stride.int,
     aten._local_scalar_dense.default, aten._assert_scalar.default, aten._assert_async.msg,
     aten._functional_assert_async.msg, aten.fractional_max_pool2d_backward.default,
     aten.fractional_max_pool3d_backward.default, aten._grouped_mm.default, "transformers::grouped_mm_fallback",
     "transformers::grouped_mm_fallback_backward", "kpx.op.default", "kpx.op_backward.default",
+    # test_torch_control.py
+    "cond", "while_loop", "scan", "map_impl", "associative_scan", "invoke_subgraph", "wrap_with_set_grad_enabled",
+    # test_torch_quantized.py
+    aten.fake_quantize_per_tensor_affine_cachemask.default, aten._scaled_mm.default,
+    aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default,
+    aten.fake_quantize_per_channel_affine_cachemask.default, aten._fake_quantize_learnable_per_tensor_affine.default,
+    aten._fake_quantize_learnable_per_channel_affine.default,
+    aten._fake_quantize_learnable_per_tensor_affine_backward.default,
+    aten._fake_quantize_learnable_per_channel_affine_backward.default,
+    aten._fused_moving_avg_obs_fq_helper_functional.default,
+    *(f"quantized_decomposed::{name}" for name in QUANTIZED_DECOMPOSED),
 }  # fmt: skip
 
 # Overload -> arguments, keywords, and the mean of what is drawn.

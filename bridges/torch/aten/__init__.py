@@ -3,6 +3,7 @@
 from kpx.bridges.torch.aten import (  # noqa: F401
     backward,
     complex,
+    control,
     elementwise,
     fft,
     grouped,
@@ -13,6 +14,7 @@ from kpx.bridges.torch.aten import (  # noqa: F401
     nn,
     pooling,
     prims,
+    quantized,
     random,
     reduce,
     scatter,

@@ -32,6 +32,12 @@ def convolution_backward(
     return tuple(g if wanted else empty for g, wanted in zip((by_x, by_weight, by_bias), output_mask, strict=True))
 
 
+@lowers(aten.conv_tbc_backward.default)
+def conv_tbc_backward(grad, x, weight, bias, pad):
+    by_x, by_weight = pullback(lambda x, w: nn.conv_tbc(x, w, None, pad), x, weight)(grad)
+    return by_x, by_weight, jnp.sum(grad, (0, 1))
+
+
 # Attention -------------------------------------------------------------------------------------
 
 

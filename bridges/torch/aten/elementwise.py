@@ -14,7 +14,7 @@ from kpx.bridges.torch.dtypes import promote, promote_to_float, result_type, to_
 from kpx.bridges.torch.registry import lowers
 from kpx.kernels.activation import gelu as fused_gelu
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 # Arithmetic ------------------------------------------------------------------------------------
@@ -130,6 +130,37 @@ for _name, _function in {"and": jnp.bitwise_and, "or": jnp.bitwise_or, "xor": jn
 
     _op = getattr(aten, f"bitwise_{_name}")
     lowers(_op.Tensor, _op.Scalar)(_bitwise)
+
+
+def _shift_amount(x, y):
+    """Promoted operands, and where the amount is within the type; beyond that eager shifts everything out."""
+    x, y = promote(x, y)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise NotImplementedError(f"a shift of {x.dtype}: PyTorch shifts integers alone")
+    return x, y, (y >= 0) & (y < jnp.iinfo(x.dtype).bits)
+
+
+@lowers(
+    aten.__lshift__.Tensor, aten.__lshift__.Scalar, aten.bitwise_left_shift.Tensor,
+    aten.bitwise_left_shift.Tensor_Scalar, aten.bitwise_left_shift.Scalar_Tensor, prims.shift_left.default,
+)  # fmt: skip
+def left_shift(x, y):
+    """A negative amount, or one of the type's bits or more, gives 0."""
+    x, y, within = _shift_amount(x, y)
+    return jnp.where(within, jnp.left_shift(x, jnp.where(within, y, 0)), 0)
+
+
+@lowers(
+    aten.__rshift__.Tensor, aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor,
+    aten.bitwise_right_shift.Tensor_Scalar, aten.bitwise_right_shift.Scalar_Tensor,
+    prims.shift_right_arithmetic.default,
+)  # fmt: skip
+def right_shift(x, y):
+    """A negative amount, or one of the type's bits or more, leaves the sign alone."""
+    x, y, within = _shift_amount(x, y)
+    shifted = jnp.right_shift(x, jnp.where(within, y, jnp.iinfo(x.dtype).bits - 1))
+    return shifted if jnp.issubdtype(x.dtype, jnp.signedinteger) else jnp.where(within, shifted, 0)
+
 
 for _name, _function in {"and": jnp.logical_and, "or": jnp.logical_or, "xor": jnp.logical_xor}.items():
 

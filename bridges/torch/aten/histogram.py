@@ -7,7 +7,9 @@ import functools
 import jax.numpy as jnp
 import torch
 
+from kpx.bridges.torch import checks
 from kpx.bridges.torch.registry import lowers
+from kpx.errors import UnsupportedError
 
 aten = torch.ops.aten
 
@@ -46,6 +48,26 @@ def _counts(points, edges, weight, density):
         return counts
     widths = functools.reduce(jnp.multiply.outer, [jnp.diff(e) for e in edges])
     return counts / counts.sum() / widths
+
+
+@lowers(aten.bincount.default)
+def bincount(x, weights=None, minlength=0):
+    """Counts of 0 to `minlength - 1`. PyTorch's result is longer where a value is larger: an error here."""
+    if not isinstance(minlength, int) or minlength <= 0:
+        raise UnsupportedError(
+            "The length of `torch.bincount`'s result depends on values, and a compiled program's shapes are fixed. "
+            "Pass `minlength=n`, n above the largest value."
+        )
+    values = x.reshape(-1)
+    if values.size:
+        message = f"a value is not within [0, {minlength}). Pass a larger `minlength` to `torch.bincount`"
+        checks.holds(jnp.all((values >= 0) & (values < minlength)), message, "RuntimeError")
+    one = jnp.ones((), jnp.int64) if weights is None else weights.reshape(-1).astype(_weight_dtype(weights.dtype))
+    return jnp.zeros((minlength,), one.dtype).at[values].add(one, mode="drop", wrap_negative_indices=False)
+
+
+def _weight_dtype(dtype):
+    return dtype if dtype == jnp.float32 else jnp.float64
 
 
 @lowers(aten.histogram.bin_ct)

@@ -71,8 +71,8 @@ def gather(x, dim, indices, *, sparse_grad=False):
     return jnp.take_along_axis(x[kept], indices, dim, mode="fill")
 
 
-@lowers(aten.index_put.default, aten._unsafe_index_put.default)
-def index_put(x, indices, values, accumulate=False):
+@lowers(aten.index_put.default, aten._unsafe_index_put.default, aten._index_put_impl.default)
+def index_put(x, indices, values, accumulate=False, unsafe=False):
     values = values.astype(x.dtype)
     if any(i is not None and i.dtype in (jnp.bool_, jnp.uint8) for i in indices):
         return _put_where(x, indices, values, accumulate)
@@ -81,19 +81,89 @@ def index_put(x, indices, values, accumulate=False):
 
 
 def _put_where(x, indices, values, accumulate):
-    """Indexing by a mask: where it holds, values are taken in order, or the one value there is."""
-    masks = [i for i in indices if i is not None]
+    """Writes where masks hold, among other indices too.
+
+    A mask stands for the positions where it holds, in order: a last dimension of the index, whose length is a value. It is
+    the length of another index or of `values` where they have one, which is checked as the program runs, and else as
+    many positions as a mask has elements, of which the surplus is dropped.
+    """
+    masks = [i.astype(bool) for i in indices if i is not None and i.dtype in (jnp.bool_, jnp.uint8)]
+    others = [i for i in indices if i is not None and i.dtype not in (jnp.bool_, jnp.uint8)]
+    if len(masks) == 1 and not others and (written := _selected(x, indices, masks[0], values, accumulate)) is not None:
+        return written
+    if not all(mask.ndim for mask in masks):
+        raise NotImplementedError("a mask without dimensions beside other indices")
+    count = _common_count(masks)
+    length = next((i.shape[-1] for i in others if i.ndim and i.shape[-1] != 1), None)
+    if length is not None:
+        message = f"a mask does not select 1 or {length} elements, as the index beside it has"
+        checks.holds((count == length) | (count == 1), message, "IndexError")
+    elif (length := _listed_values(x, indices, values)) is not None:
+        checks.holds(count == length, f"a mask does not select the {length} elements that are written", "RuntimeError")
+    bound = max(mask.size for mask in masks) if length is None else length
+    key: list = []
+    for i in indices:
+        if i is None:
+            key.append(slice(None))
+        elif i.dtype in (jnp.bool_, jnp.uint8):
+            key += _positions(i.astype(bool), bound, count if length is None else bound)
+        else:
+            checks.in_range(i, -x.shape[len(key)], x.shape[len(key)], len(key))
+            key.append(i)
+    at = x.at[tuple(key)]
+    return accumulated(at, "add" if accumulate else "set", values, x.dtype, mode="drop")
+
+
+def _common_count(masks):
+    """How many elements masks select side by side: the same number each, or one."""
+    count = jnp.sum(masks[0])
+    for mask in masks[1:]:
+        other = jnp.sum(mask)
+        message = "masks select different numbers of elements"
+        checks.holds((count == other) | (count == 1) | (other == 1), message, "IndexError")
+        count = jnp.where(count == 1, other, count)
+    return count
+
+
+def _positions(mask, bound, count):
+    """`bound` positions where a mask holds, by dimension, those from `count` on out of range.
+
+    A mask that holds once stands for that position throughout.
+    """
+    places = jnp.nonzero(mask, size=bound, fill_value=0)
+    once, surplus = jnp.sum(mask) == 1, jnp.arange(bound) >= count
+    return [jnp.where(surplus, n, jnp.where(once, p[:1], p)) for p, n in zip(places, mask.shape, strict=True)]
+
+
+def _listed_values(x, indices, values):
+    """How many values are given along the index's last dimension; None where there is one for all."""
+    dims, indexed = 0, []
+    for i in indices:
+        width = i.ndim if i is not None and i.dtype in (jnp.bool_, jnp.uint8) else 1
+        indexed += [] if i is None else range(dims, dims + width)
+        dims += width
+    # Indexed dimensions that are not side by side are the first ones of the result.
+    in_front = indexed != list(range(indexed[0], indexed[-1] + 1))
+    behind = x.ndim - len(indexed) - (0 if in_front else indexed[0])
+    position = values.ndim - behind - 1
+    return None if position < 0 or values.shape[position] == 1 else values.shape[position]
+
+
+def _selected(x, indices, mask, values, accumulate):
+    """Indexing by one mask, as a selection; None where its values are a list in an order of their own."""
     lead = next(d for d, i in enumerate(indices) if i is not None)
-    if len(masks) > 1 or any(i is not None for i in indices[:lead]):
-        raise NotImplementedError("a mask beside other indices writes a number of values that depends on the mask")
-    mask = masks[0].astype(bool)
     rest = x.ndim - lead - mask.ndim
     shaped = mask.reshape(*[1] * lead, *mask.shape, *[1] * rest)
     if values.ndim > rest and values.shape[values.ndim - rest - 1] != 1:
         if lead:
-            raise NotImplementedError("a mask of later dimensions with a list of values")
-        order = jnp.clip(jnp.cumsum(mask.reshape(-1)) - 1, 0, values.shape[0] - 1)
-        values = values[order].reshape(*mask.shape, *values.shape[1:])
+            return None
+        length = values.shape[values.ndim - rest - 1]
+        message = f"a mask selects another number of elements than the {length} that are written there"
+        checks.holds(jnp.sum(mask) == length, message, "RuntimeError")
+        order = jnp.clip(jnp.cumsum(mask.reshape(-1)) - 1, 0, length - 1)
+        values = values.reshape(values.shape[values.ndim - rest - 1 :])[order].reshape(
+            *mask.shape, *values.shape[values.ndim - rest :]
+        )
     elif values.ndim > rest:
         values = values.reshape(
             *values.shape[: values.ndim - rest - 1], *[1] * mask.ndim, *values.shape[values.ndim - rest :]

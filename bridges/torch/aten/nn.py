@@ -150,6 +150,21 @@ def convolution(x, weight, bias, stride, padding, dilation, transposed, output_p
     return _transposed_conv(x, weight, bias, stride, padding, dilation, output_padding, groups)
 
 
+@lowers(aten._convolution.default, aten._convolution.deprecated)
+def internal_convolution(
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, benchmark, deterministic,
+    cudnn_enabled, allow_tf32=True,
+):  # fmt: skip
+    return convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+@lowers(aten.conv_tbc.default)
+def conv_tbc(x, weight, bias, pad=0):
+    """A 1-d convolution of `[time, batch, channels]` with `[width, in, out]`."""
+    y = _conv(jnp.transpose(x, (1, 2, 0)), jnp.transpose(weight, (2, 1, 0)), bias, [1], [pad], [1], 1)
+    return jnp.transpose(y, (2, 0, 1))
+
+
 def _transposed_conv(x, weight, bias, stride, padding, dilation, output_padding, groups):
     """The gradient of a convolution: of x, spread out by the stride, with the flipped kernel (arXiv 1603.07285)."""
     n = weight.ndim - 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,8 +49,7 @@ BINARY = {
     "igamma": special.igamma, "igammac": special.igammac, "le": jnp.less_equal, "lt": jnp.less,
     "maximum": jnp.maximum, "minimum": jnp.minimum, "mul": jnp.multiply, "ne": jnp.not_equal,
     "nextafter": special.nextafter, "pow": jnp.power, "remainder": jnp.remainder,
-    "shift_left": jnp.left_shift, "shift_right_arithmetic": jnp.right_shift, "sub": jnp.subtract,
-    "zeta": special.zeta,
+    "sub": jnp.subtract, "zeta": special.zeta,
 }  # fmt: skip
 
 for _name, _function in UNARY.items():
@@ -71,6 +72,82 @@ def convert_element_type(x, dtype):
 @lowers(prims.device_put.default)
 def device_put(x, device=None, non_blocking=False):
     return x
+
+
+# Shapes, as PyTorch's references write them ------------------------------------------------------
+
+
+@lowers(prims.collapse.default, prims.collapse_view.default)
+def collapse(x, start, end):
+    """Dimensions `start` to `end`, both included, as one; of a 0-d array, a dimension of size 1."""
+    if not x.ndim:
+        return x.reshape(1)
+    return x.reshape(*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :])
+
+
+@lowers(prims.split_dim.default)
+def split_dim(x, dim, outer_length):
+    return x.reshape(*x.shape[:dim], outer_length, x.shape[dim] // outer_length, *x.shape[dim + 1 :])
+
+
+@lowers(prims.squeeze.default)
+def squeeze(x, dimensions):
+    return jnp.squeeze(x, tuple(dimensions))
+
+
+@lowers(prims.transpose.default)
+def transpose(x, permutation):
+    return jnp.transpose(x, permutation)
+
+
+@lowers(prims.reshape.default)
+def reshape(x, shape):
+    return jnp.reshape(x, shape)
+
+
+@lowers(prims.rev.default)
+def rev(x, dims):
+    return jnp.flip(x, dims)
+
+
+@lowers(prims.cat.default)
+def cat(tensors, dim):
+    return jnp.concatenate(promote(*tensors), dim)
+
+
+@lowers(prims.view_of.default)
+def view_of(x):
+    return x
+
+
+@lowers(prims.real.default)
+def real(x):
+    return jnp.real(x)
+
+
+@lowers(prims.imag.default)
+def imag(x):
+    return jnp.imag(x)
+
+
+@lowers(prims.fill.default)
+def fill(x, value):
+    return jnp.full(x.shape, value, x.dtype)
+
+
+@lowers(prims.full.default)
+def full(shape, fill_value, *, dtype, requires_grad=False):
+    return jnp.full(shape, fill_value, to_jax(dtype))
+
+
+@lowers(prims.full_like.default)
+def full_like(x, fill_value, *, dtype, requires_grad=False):
+    return jnp.full(x.shape, fill_value, to_jax(dtype))
+
+
+@lowers(prims.scalar_tensor.default)
+def scalar_tensor(value, *, dtype=None):
+    return jnp.asarray(value, jnp.float32 if dtype is None else to_jax(dtype))
 
 
 @lowers(prims.broadcast_in_dim.default)

@@ -73,7 +73,11 @@ def expand(x, size, *, implicit=False):
 
 @lowers(aten.select.int)
 def select(x, dim, index):
+    """`index` may be a value that is known only as the program runs: `x[:, i.item()]`."""
     dim %= x.ndim
+    if isinstance(index, jax.Array):
+        checks.in_range(index, -x.shape[dim], x.shape[dim], dim)
+        return jnp.take(x, index, dim, mode="fill")
     return jax.lax.index_in_dim(x, index % x.shape[dim], dim, keepdims=False)
 
 
@@ -135,12 +139,12 @@ def repeat(x, repeats):
 
 @lowers(aten.flip.default)
 def flip(x, dims):
-    return jnp.flip(x, dims)
+    return jnp.flip(x, dims) if x.ndim else x
 
 
 @lowers(aten.roll.default)
 def roll(x, shifts, dims=()):
-    return jnp.roll(x, shifts, dims or None)
+    return jnp.roll(x, shifts, dims or None) if x.ndim else x
 
 
 @lowers(aten.constant_pad_nd.default)
