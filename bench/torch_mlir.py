@@ -21,6 +21,7 @@ import re
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -60,18 +61,19 @@ class _Worker:
 
     def __init__(self, checkout: str):
         command = [sys.executable, "-m", "bench.torch_mlir", checkout, "--work"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = subprocess.Popen(command, bufsize=0, **pipes)
         self._buffer = b""
-        self.names: list[str] = self._reply(_START_SECONDS) or []
+        self.names: list[str] = self._reply(_START_SECONDS)
+        if not self.names:
+            raise RuntimeError(f"A worker could not import the suite: {self.end()}")
 
     def run(self, name: str, seconds: float) -> dict[str, Any] | None:
         """Return the verdict; None where the process ended. Raises TimeoutError."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{name}\n".encode())
-            self._process.stdin.flush()
         except BrokenPipeError:
             return None
         return self._reply(seconds)
@@ -89,16 +91,18 @@ class _Worker:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
 
-    def end(self) -> int:
-        """End the process; return its exit status."""
-        assert self._process.stdin is not None
+    def end(self) -> str:
+        """End the process; return its exit status and what it wrote last."""
         if self._process.poll() is None:
             self._process.kill()
         status = self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
-        return status
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip()[-300:]
+        self._errors.close()
+        return f"exit status {status}: {last}"
 
 
 # In the parent ----------------------------------------------------------------------------------
@@ -142,10 +146,11 @@ def run_chunk(checkout: str, names: Iterable[str], seconds: float, results: Resu
             verdict = worker.run(name, seconds)
         except TimeoutError:
             verdict = {"verdict": "timeout", "reason": f"over {seconds:g} s", "strides": "", "breaks": []}
-            worker = worker.end() and None
+            worker.end()
+            worker = None
         if verdict is None:
             assert worker is not None
-            verdict = {"verdict": "died", "reason": f"exit status {worker.end()}", "strides": "", "breaks": []}
+            verdict = {"verdict": "died", "reason": worker.end(), "strides": "", "breaks": []}
             worker = None
         results.add(name, verdict | {"seconds": round(time.monotonic() - start, 2)})
     if worker is not None:
@@ -203,8 +208,6 @@ def main(arguments: list[str] | None = None) -> int:
     worker = _Worker(options.checkout)
     names = worker.names
     worker.end()
-    if not names:
-        parser.error("the suite could not be imported; run with --work to see why.")
     results = Results(options.json, len(names))
     if options.only:
         chosen = [n for n in names if re.search(options.only, n)]

@@ -192,7 +192,7 @@ def _drawn_anew(case: Any, golden: list[Call]) -> list[list[Call]] | None:
             program = case.program_factory()
             torch.manual_seed(1000 + seed)
             runs.append(replayed(program, golden))
-            if seed == 1 and not compared(runs[0], golden):
+            if seed == 1 and _identical(runs[0], golden):
                 return None
     return runs
 
@@ -236,6 +236,16 @@ def compared(results: list[Call], golden: list[Call]) -> str:
     return ""
 
 
+def _identical(results: list[Call], golden: list[Call]) -> bool:
+    pairs = zip(
+        *(pytree.tree_leaves([(c.output, c.inputs_after) for c in calls]) for calls in (results, golden)), strict=True
+    )
+    return all(
+        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) if isinstance(a, torch.Tensor) else a == b
+        for a, b in pairs
+    )
+
+
 def _difference(value: Any, golden: Any) -> str:
     values, structure = pytree.tree_flatten(value)
     goldens, expected = pytree.tree_flatten(golden)
@@ -245,7 +255,7 @@ def _difference(value: Any, golden: Any) -> str:
         if type(a) is not type(b):
             return f"{position}: a {type(a).__name__} instead of a {type(b).__name__}"
         if not isinstance(b, torch.Tensor):
-            if a != b and not (isinstance(b, float) and abs(a - b) <= 1e-5 * abs(b) or (a != a and b != b)):
+            if a != b and not ((isinstance(b, float) and abs(a - b) <= 1e-5 * abs(b)) or (a != a and b != b)):
                 return f"{position}: {a!r} instead of {b!r}"
         elif (a.shape, a.dtype) != (b.shape, b.dtype):
             return f"{position}: {a.dtype}{list(a.shape)} instead of {b.dtype}{list(b.shape)}"

@@ -543,6 +543,15 @@ def slice_(value: Value, starts: Sequence[int], limits: Sequence[int], strides: 
     return stablehlo.slice(value, i64_array(starts), i64_array(limits), i64_array(strides))
 
 
+def attributes(operation: Any) -> dict[str, Any]:
+    """An op's attributes by name, to compare or to print; text for those that the bindings cannot hold (complex constants)."""
+    stated = operation.attributes
+    try:
+        return {name: stated[name] for name in stated}
+    except TypeError:  # to ask a NamedAttribute for such an attribute ends the process; its text can be had
+        return {stated[i].name: str(stated[i]) for i in range(len(stated))}
+
+
 def rebuild(op: Any, operands: Sequence[Value], types: Sequence[ir.Type] | None = None) -> Any:
     """A copy of an op with no regions, over other operands and with other result types."""
     operation = op.operation

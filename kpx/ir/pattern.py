@@ -163,7 +163,7 @@ def graph_of(function: Any) -> Graph:
 
 def key(op: Any) -> str:
     """What an op computes, as text: its name, attributes, regions and the types of its results."""
-    attributes = sorted(f"{named}={op.attributes[named]}" for named in op.attributes if named not in _UNREAD)
+    attributes = sorted(f"{named}={a}" for named, a in m.attributes(op.operation).items() if named not in _UNREAD)
     regions = [_region_key(region) for region in op.operation.regions]
     return "|".join([op.operation.name, *attributes, *regions, *(str(r.type) for r in op.results)])
 

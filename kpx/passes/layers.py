@@ -134,7 +134,7 @@ def _periods(sequence: np.ndarray) -> list[int]:
 def _label(op: Any) -> Hashable:
     """What is equal in ops that differ in nothing but what they read. MLIR holds equal attributes and types once."""
     operation = op.operation
-    attributes = tuple((name, operation.attributes[name]) for name in operation.attributes)
+    attributes = tuple(m.attributes(operation).items())
     types = tuple(o.type for o in op.operands), tuple(r.type for r in op.results)
     return operation.name, attributes, types, tuple(map(_region, operation.regions))
 

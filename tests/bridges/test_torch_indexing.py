@@ -39,20 +39,20 @@ def _written(x, indices, values, accumulate):
     return to_tensor(result)
 
 
-I, J = torch.tensor([2, 0, 1]), torch.tensor([[1], [0]])
+ROWS, COLUMN = torch.tensor([2, 0, 1]), torch.tensor([[1], [0]])
 # Indices, and the shape of the values.
 CASES = {
-    "index and mask of equal length": ([I, _mask(5, holds=3)], (3,)),
-    "index and mask, one value": ([I, _mask(5, holds=3)], ()),
-    "index and a mask that holds once": ([I, _mask(5, holds=1)], (3,)),
-    "mask and index": ([_mask(4, holds=3), I], (3,)),
+    "index and mask of equal length": ([ROWS, _mask(5, holds=3)], (3,)),
+    "index and mask, one value": ([ROWS, _mask(5, holds=3)], ()),
+    "index and a mask that holds once": ([ROWS, _mask(5, holds=1)], (3,)),
+    "mask and index": ([_mask(4, holds=3), ROWS], (3,)),
     "0-d index and mask": ([torch.tensor(1), _mask(5, holds=2)], (2, 1)),
     "0-d index and mask, one value": ([torch.tensor(1), _mask(5, holds=2)], ()),
     "0-d index and an empty mask": ([torch.tensor(1), _mask(5, holds=0)], ()),
-    "column and mask": ([J, _mask(5, holds=2)], (2, 2, 1)),
-    "column and mask, values of the rest": ([J, _mask(5, holds=2)], (2, 2, 3)),
-    "mask of two dimensions and index": ([_mask(4, 5, holds=3), I], (3,)),
-    "index and mask of two dimensions": ([I, _mask(5, 3, holds=3)], (3,)),
+    "column and mask": ([COLUMN, _mask(5, holds=2)], (2, 2, 1)),
+    "column and mask, values of the rest": ([COLUMN, _mask(5, holds=2)], (2, 2, 3)),
+    "mask of two dimensions and index": ([_mask(4, 5, holds=3), ROWS], (3,)),
+    "index and mask of two dimensions": ([ROWS, _mask(5, 3, holds=3)], (3,)),
     "two masks": ([_mask(4, holds=2), _mask(5, holds=2, seed=1)], (2, 3)),
     "two masks, one value": ([_mask(4, holds=2), _mask(5, holds=2, seed=1)], ()),
     "two masks, one holds once": ([_mask(4, holds=1), _mask(5, holds=3, seed=1)], (3, 1)),
@@ -64,7 +64,9 @@ CASES = {
     "mask of two later dimensions": ([None, _mask(5, 3, holds=4)], (4, 4)),
     "first mask with a list": ([_mask(4, holds=2)], (2, 5, 3)),
     "first mask with a value": ([_mask(4, holds=2)], (1, 5, 3)),
-    "wrong length beside an index": ([I, _mask(5, holds=2)], ()),
+}
+REFUSED = {
+    "wrong length beside an index": ([ROWS, _mask(5, holds=2)], ()),
     "wrong number of values": ([torch.tensor(1), _mask(5, holds=2)], (3, 1)),
     "wrong number of values by one mask": ([_mask(4, holds=2)], (3, 5, 3)),
     "masks of different lengths": ([_mask(4, holds=2), _mask(5, holds=3)], ()),
@@ -77,12 +79,16 @@ def test_masks_write_beside_indices_as_in_eager(name, accumulate):
     indices, shape = CASES[name]
     x = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    try:
-        expected = aten.index_put(x, indices, values, accumulate)
-    except (IndexError, RuntimeError) as error:
-        assert _written(x, indices, values, accumulate) == type(error).__name__
-        return
-    torch.testing.assert_close(_written(x, indices, values, accumulate), expected)
+    torch.testing.assert_close(_written(x, indices, values, accumulate), aten.index_put(x, indices, values, accumulate))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_masks_of_another_length_raise_as_in_eager(name):
+    indices, shape = REFUSED[name]
+    x, values = torch.zeros(4, 5, 3), torch.ones(shape)
+    with pytest.raises((IndexError, RuntimeError)) as caught:
+        aten.index_put(x, indices, values)
+    assert _written(x, indices, values, False) == caught.type.__name__
 
 
 def _module(function):

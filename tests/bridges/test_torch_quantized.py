@@ -3,7 +3,7 @@
 import jax
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  (defines the ops)
+import torch.ao.quantization.fx._decomposed
 
 import kpx
 from kpx.bridges.torch.registry import rule_of
@@ -77,7 +77,9 @@ def test_learnable_fake_quantization_has_pytorchs_values_and_gradients():
 def test_observed_fake_quantization_updates_its_statistics(symmetric, per_row, first, scale):
     x = _t(4, 50, scale=scale)
     size = (4,) if per_row else (1,)
-    low, high = (torch.full(size, INF), torch.full(size, -INF)) if first else (torch.full(size, -1.0), torch.full(size, 2.0))
+    low, high = (
+        (torch.full(size, INF), torch.full(size, -INF)) if first else (torch.full(size, -1.0), torch.full(size, 2.0))
+    )
     low, high = (low[0], high[0]) if not per_row else (low, high)
     one = torch.ones(1, dtype=torch.int64)
     state = [low, high, torch.ones(size), torch.zeros(size, dtype=torch.int32)]
@@ -175,7 +177,9 @@ def test_quantization_aware_training_follows_eager():
 def test_a_pt2e_style_module_runs_in_int8():
     class Model(torch.nn.Module):
         def forward(self, x, w):
-            x = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, 0.05, 3, -128, 127, torch.int8), 0.05, 3, -128, 127, torch.int8)
+            x = ops.dequantize_per_tensor(
+                ops.quantize_per_tensor(x, 0.05, 3, -128, 127, torch.int8), 0.05, 3, -128, 127, torch.int8
+            )
             return torch.nn.functional.relu(x @ w)
 
     x, w = _t(4, 6), _t(6, 3)

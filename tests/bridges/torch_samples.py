@@ -17,6 +17,7 @@ POSITIVE, UNIT = X.abs() + 0.1, X.tanh() * 0.9
 N, B = _t(3, 4, dtype=torch.int64), _t(3, 4) > 0
 IMAGE = _t(2, 4, 9, 8)
 Z = torch.complex(X, Y)
+BAGGED, OFFSETS = torch.tensor([0, 2, 1, 1, 0]), torch.tensor([0, 2, 2])
 SMALL = torch.tensor([-128, 127, 5, -3, 100, 1], dtype=torch.int8)
 SHIFTS = torch.tensor([1, -1, 7, 8, 0, 100], dtype=torch.int8)
 NEAREST = ("upsample_nearest", "_upsample_nearest_exact")
@@ -79,6 +80,7 @@ MORE = {
     aten.upsample_trilinear3d_backward.default: [(IMAGE[None], [4, 9, 8], [1, 2, 2, 4, 3], False)],
     aten.upsample_bicubic2d.default: [(IMAGE, [5, 12], False), (IMAGE, [18, 12], True)],
     aten.upsample_bicubic2d_backward.default: [(IMAGE, [9, 8], [2, 4, 4, 3], False)],
+    **{op: [(Y, BAGGED, OFFSETS, False, mode) for mode in (0, 1, 2)] for op in (aten._embedding_bag.default, aten._embedding_bag_forward_only.default)},
     aten._embedding_bag_dense_backward.default: [
         (Y, torch.tensor([0, 2, 1]), torch.tensor([0, 0, 2]), torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1]), 5, False, mode, None)
         for mode in (0, 1)

@@ -212,3 +212,20 @@ def test_layers_taken_out_and_unrolled_again_compute_the_same(seed, monkeypatch)
     assert list(compiled.layers.values()) == ["unrolled: the test wants it"]
     torch.testing.assert_close(got, _run(model, X, layers="unrolled")[0], rtol=1e-6, atol=1e-6)
     assert m.parse(compiled.stablehlo) is not None
+
+
+def test_layers_with_complex_constants_are_labelled_and_compiled():
+    class Rotating(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+        def forward(self, x):
+            z = torch.fft.fft(x * self.weight)
+            for _ in range(6):
+                z = z * 1j + z.conj()
+            return z.real
+
+    model, x = Rotating(), X[:4, :8]
+    with torch.no_grad():
+        torch.testing.assert_close(kpx.optimize(model)(x), model(x), rtol=1e-4, atol=1e-4)

@@ -246,6 +246,8 @@ def embedding_bag(
             result = result / jnp.maximum(size, 1)[:, None].astype(result.dtype)
     if mode == BAG_SUM and padding_idx < 0 and weight.dtype in (jnp.float32, jnp.float16):
         owner = owner[:0]
+    if mode == BAG_SUM:  # sizes of bags are counted where a gradient needs them, which that of a sum does not
+        size, places = jnp.zeros_like(size), jnp.zeros_like(places)
     return result.astype(weight.dtype), owner, size, places.astype(offsets.dtype)
 
 

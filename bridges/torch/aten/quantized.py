@@ -289,9 +289,7 @@ def quantize_groups(x, scales, zero_points, quant_min, quant_max, dtype, group_s
 
 
 @_lowers("dequantize_per_channel_group")
-def dequantize_groups(
-    x, scales, zero_points, quant_min, quant_max, dtype, group_size=128, output_dtype=torch.float32
-):
+def dequantize_groups(x, scales, zero_points, quant_min, quant_max, dtype, group_size=128, output_dtype=torch.float32):
     groups = _groups(x, scales, group_size)
     zero = jnp.zeros((), jnp.int32) if zero_points is None else zero_points.reshape(-1, 1)
     return e.mul(e.sub(groups, zero), scales.reshape(-1, 1)).reshape(x.shape).astype(to_jax(output_dtype))
@@ -306,9 +304,7 @@ def convert(x, dtype):
 
 
 @lowers(aten._scaled_mm.default)
-def scaled_mm(
-    x, y, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False
-):
+def scaled_mm(x, y, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
     """A product of fp8 matrices, by one scale each or by one a row and a column; fp8 results saturate."""
     kind = x.dtype if out_dtype is None else jnp.dtype(to_jax(out_dtype))
     product = jnp.matmul(x.astype(jnp.float32), y.astype(jnp.float32)) * scale_a * scale_b
