@@ -1,13 +1,15 @@
 """PyTorch's own op database through kpx: which ops pass, which are unsupported, which are wrong.
 
-`python -m bench.opinfo [--json FILE [--keep]] [--dtype f32 ...] [--samples N] [--no-gradients] [OP ...]`
+`python -m bench.opinfo [--json FILE [--keep]] [--dtype f32 ...] [--samples N] [--no-gradients] [--views]
+[OP ...]`
 
 Every sample takes some hours on two cores: `--json` is written as ops end, and with `--keep` a run of some ops or
 dtypes replaces those in the file and leaves the others.
 
 Every sample input of every op is captured, compiled and run by `kpx.optimize`, many samples in one model; where one of
 them fails, they are halved until it stands alone. A value passes where it is as close to PyTorch's result in double
-precision as PyTorch's own is, up to a tolerance.
+precision as PyTorch's own is, up to a tolerance. With `--views` the graph takes a view of every tensor first: permuted,
+sliced, stepped, expanded, or a permuted copy.
 """
 
 from __future__ import annotations
@@ -36,14 +38,14 @@ def names() -> list[str]:
     return sorted({op_name(op) for op in op_db})
 
 
-def run_op(name: str, dtypes: tuple[str, ...], limit: int | None, gradients: bool) -> dict[str, Any]:
+def run_op(name: str, dtypes: tuple[str, ...], limit: int | None, gradients: bool, views: bool) -> dict[str, Any]:
     """The verdicts on one op, by dtype: `{dtype: {forward: {...}, gradient: {...}}}`."""
     import warnings
 
     warnings.simplefilter("ignore")
     from bench.opinfo_check import check
 
-    return {dtype: check(name, dtype, limit, gradients and dtype == "f32") for dtype in dtypes}
+    return {dtype: check(name, dtype, limit, gradients and dtype == "f32", views) for dtype in dtypes}
 
 
 def run_all(
@@ -51,6 +53,7 @@ def run_all(
     dtypes: tuple[str, ...],
     limit: int | None,
     gradients: bool,
+    views: bool,
     workers: int,
     ended: Callable[[dict[str, Any]], Any],
 ) -> dict:
@@ -64,7 +67,7 @@ def run_all(
         context = multiprocessing.get_context("spawn")
         # One process serves many ops; those in flight when one dies are run again, alone.
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            futures = {pool.submit(run_op, op, dtypes, limit, gradients): op for op in left}
+            futures = {pool.submit(run_op, op, dtypes, limit, gradients, views): op for op in left}
             try:
                 for future in as_completed(futures):
                     results[futures[future]] = future.result()
@@ -76,17 +79,17 @@ def run_all(
         remaining = [op for op in left if op not in results]
         if len(remaining) == len(left) or (remaining and len(remaining) <= workers):
             for op in remaining:
-                results[op] = _alone(op, dtypes, limit, gradients)
+                results[op] = _alone(op, dtypes, limit, gradients, views)
             remaining = []
         left = remaining
     return results
 
 
-def _alone(op: str, dtypes: tuple[str, ...], limit: int | None, gradients: bool) -> dict:
+def _alone(op: str, dtypes: tuple[str, ...], limit: int | None, gradients: bool, views: bool) -> dict:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(run_op, op, dtypes, limit, gradients).result()
+            return pool.submit(run_op, op, dtypes, limit, gradients, views).result()
         except BrokenProcessPool:
             crashed = {"verdict": "wrong", "reason": "the process died", "samples": 0}
             return {dtype: {"forward": crashed} for dtype in dtypes}
@@ -112,6 +115,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated; all of them by default")
     parser.add_argument("--samples", type=int, help="at most so many samples an op, spread evenly; all by default")
     parser.add_argument("--no-gradients", action="store_true")
+    parser.add_argument("--views", action="store_true", help="on views that the graph takes of its inputs")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     every = names()
@@ -130,7 +134,7 @@ def main() -> None:
             write(given.json, merged)
         return merged
 
-    results = run_all(ops, dtypes, given.samples, not given.no_gradients, given.workers, save)
+    results = run_all(ops, dtypes, given.samples, not given.no_gradients, given.views, given.workers, save)
     report(save(results))
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import kpx
 from bench.opinfo import CHUNK
+from bench.opinfo_views import Viewed, without_view
 
 TORCH_DTYPES = {
     "f32": torch.float32,
@@ -205,6 +206,7 @@ ORDERINGS = {"sort", "argsort", "topk", "kthvalue", "mode"}
 
 def _values_at(name: str, sample: Any, results: list[torch.Tensor]) -> list[torch.Tensor]:
     *values, index = results
+    sample = without_view(sample)
     x = sample.input.detach()
     if not x.ndim:
         return [*values, index]
@@ -305,7 +307,9 @@ def samples_of(op: Any, dtype: torch.dtype, limit: int | None, *, gradients: boo
     """An op's samples that PyTorch itself runs, with dense tensors in and out."""
     torch.manual_seed(0)
     found = list(op.sample_inputs("cpu", dtype, requires_grad=gradients))
-    if limit and len(found) > limit:
+    if isinstance(op, Viewed):
+        found = list(op.samples(found, limit))
+    elif limit and len(found) > limit:
         found = [found[i * len(found) // limit] for i in range(limit)]
     kept = []
     for sample in found:
@@ -356,9 +360,14 @@ class Tally:
         return found
 
 
-def check(name: str, dtype: str, limit: int | None, gradients: bool) -> dict[str, Any]:
-    """An op's verdicts in one dtype: `{forward: {...}}`, with `gradient` where asked and PyTorch has one."""
+def check(name: str, dtype: str, limit: int | None, gradients: bool, views: bool = False) -> dict[str, Any]:
+    """An op's verdicts in one dtype: `{forward: {...}}`, with `gradient` where asked and PyTorch has one.
+
+    Args:
+        views: each tensor of a sample is a view that the graph takes, of each kind in turn.
+    """
     op, torch_dtype = _database()[name], TORCH_DTYPES[dtype]
+    op = Viewed(op) if views else op
     if reason := left_out(op, torch_dtype):
         return {"forward": {"verdict": "left out", "reason": reason}}
     found = {"forward": _verdict(op, name, samples_of(op, torch_dtype, limit), forward_of_chunk)}
@@ -400,6 +409,7 @@ def _settle(op: Any, name: str, samples: list[Any], tally: Tally, run_chunk: Cal
 
 
 def is_random(op: Any, name: str, sample: Any) -> bool:
+    sample = without_view(sample)
     if op.name == "nn.functional.multi_head_attention_forward":
         given = inspect.signature(torch.nn.functional.multi_head_attention_forward).bind(
             sample.input, *sample.args, **sample.kwargs

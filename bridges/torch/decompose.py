@@ -134,7 +134,10 @@ def _arguments(node: torch.fx.Node) -> tuple[tuple, dict[str, Any]]:
 def _key(node: torch.fx.Node, op: Any) -> Any:
     """What decides how a node is decomposed."""
     leaves, structure = pytree.tree_flatten(_arguments(node))
-    described = [(v.dtype, v.shape, v.stride()) if isinstance(v, torch.Tensor) else (type(v), v) for v in leaves]
+    described = [
+        (v.dtype, v.shape, v.stride(), v.storage_offset()) if isinstance(v, torch.Tensor) else (type(v), v)
+        for v in leaves
+    ]
     return op, repr(described), repr(structure)
 
 

@@ -15,7 +15,8 @@ import torch
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
-from kpx.bridges.torch.registry import CURRENT, RANDOM, rule_of
+from kpx.bridges.torch.rebase import rebase
+from kpx.bridges.torch.registry import CURRENT, RANDOM, SIZES, bound_sizes, rule_of
 from kpx.errors import KpxError, UnsupportedError
 
 # Ops that check what capturing has already fixed: sizes, dtypes, devices.
@@ -139,12 +140,22 @@ def as_jax_function(graph: torch.fx.Graph) -> Callable[..., list]:
         UnsupportedError: an op has no rule.
     """
     check_supported(graph)
+    rebase(graph)
     last_use = _last_uses(graph)
     owner = graph.owning_module
 
     drawing = [node for node in graph.nodes if _draws(node)]
+    placeholders = graph.find_nodes(op="placeholder")
 
     def fn(values: Sequence, key: Any = None) -> list:
+        sizes = bound_sizes((n.meta.get("val"), v) for n, v in zip(placeholders, values, strict=False))
+        token = SIZES.set({**SIZES.get(), **sizes})  # a branch's sizes are also those of the graph around it
+        try:
+            return run(values, key)
+        finally:
+            SIZES.reset(token)
+
+    def run(values: Sequence, key: Any) -> list:
         env: dict[torch.fx.Node, Any] = {}
         left = list(reversed(values))
         keys = dict(zip(drawing, _keys(key, len(drawing)), strict=True))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from kpx.errors import KpxError
+from kpx.errors import KpxError, UnsupportedError
 
 # By overload; by name for the ops of a library that may not be imported.
 RULES: dict[Any, Callable] = {}
@@ -27,11 +29,58 @@ def rule_of(op: Any) -> Callable | None:
 CURRENT: ContextVar[Any] = ContextVar("kpx_node", default=None)
 
 
+# What the symbolic sizes of that graph stand for in this call: `{sympy symbol: int}`.
+SIZES: ContextVar[dict[Any, int]] = ContextVar("kpx_sizes", default={})  # noqa: B039  (never written)
+
+
 def was_contiguous(position: int) -> bool:
     """Whether an operand of the current op was row-major when it was captured."""
     node = CURRENT.get()
     value = node.args[position].meta.get("val") if node is not None else None
     return value is None or value.is_contiguous()
+
+
+def memory_layout(position: int, shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """`(storage_offset, strides)` that an operand of the current op had when it was captured, in elements.
+
+    An array of a program has none of its own: it is row-major where the operand is not known.
+
+    Args:
+        shape: the operand's shape.
+
+    Raises:
+        UnsupportedError: a stride is not known in terms of the graph's sizes.
+    """
+    node = CURRENT.get()
+    operand = node.args[position] if node is not None else None
+    value = operand.meta.get("val") if isinstance(operand, torch.fx.Node) else None
+    if value is None and isinstance(operand, torch.fx.Node) and operand.op == "get_attr":
+        value = operator.attrgetter(str(operand.target))(operand.graph.owning_module)
+    if not isinstance(value, torch.Tensor):
+        return 0, tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    return _size(value.storage_offset()), tuple(map(_size, value.stride()))
+
+
+def bound_sizes(values: Iterable[tuple[Any, Any]]) -> dict[Any, int]:
+    """What symbols stand for, of pairs of a captured value (a size or a tensor) and what is given for it."""
+    bound: dict[Any, int] = {}
+    for captured, actual in values:
+        pairs = [(captured, actual)]
+        if isinstance(captured, torch.Tensor) and hasattr(actual, "shape"):
+            pairs = list(zip(captured.shape, actual.shape, strict=False))
+        for size, number in pairs:
+            if isinstance(size, torch.SymInt) and isinstance(number, int) and size.node.expr.is_Symbol:
+                bound[size.node.expr] = number
+    return bound
+
+
+def _size(number: Any) -> int:
+    if not isinstance(number, torch.SymInt):
+        return number
+    value = number.node.expr.subs(SIZES.get())
+    if not value.is_Integer:
+        raise UnsupportedError(f"A stride or an offset, {number}, is not known from the sizes of the graph's inputs.")
+    return int(value)
 
 
 def _always(*args, **kwargs) -> bool:

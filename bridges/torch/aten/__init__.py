@@ -21,4 +21,5 @@ from kpx.bridges.torch.aten import (  # noqa: F401
     shape,
     sort,
     special,
+    strided,
 )

@@ -186,17 +186,6 @@ def select_scatter(x, src, dim, index):
     return x.at[tuple(key)].set(src)
 
 
-@lowers(aten.diagonal_scatter.default)
-def diagonal_scatter(x, src, offset=0, dim1=0, dim2=1):
-    dim1, dim2 = dim1 % x.ndim, dim2 % x.ndim
-    count = src.shape[-1]
-    i = jnp.arange(count)
-    key: list = [slice(None)] * x.ndim
-    moved = jnp.moveaxis(x, (dim1, dim2), (-2, -1))
-    key = [..., i + max(-offset, 0), i + max(offset, 0)]
-    return jnp.moveaxis(moved.at[tuple(key)].set(src), (-2, -1), (dim1, dim2))
-
-
 @lowers(aten.nonzero_static.default)
 def nonzero_static(x, *, size, fill_value=-1):
     if not x.ndim:

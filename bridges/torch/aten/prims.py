@@ -12,7 +12,6 @@ import torch
 from kpx.bridges.torch.aten import special
 from kpx.bridges.torch.aten.common import axes, sum_dtype
 from kpx.bridges.torch.aten.random import _draw, _normal
-from kpx.bridges.torch.aten.scatter import as_strided_scatter
 from kpx.bridges.torch.dtypes import promote, to_jax
 from kpx.bridges.torch.registry import lowers
 
@@ -153,11 +152,6 @@ def scalar_tensor(value, *, dtype=None):
 @lowers(prims.broadcast_in_dim.default)
 def broadcast_in_dim(x, shape, broadcast_dimensions):
     return jax.lax.broadcast_in_dim(x, shape, broadcast_dimensions)
-
-
-@lowers(prims.as_strided_scatter.default)
-def strided_scatter(x, src, size, stride, storage_offset):
-    return as_strided_scatter(x, src, size, stride, storage_offset)
 
 
 @lowers(prims.iota.default)

@@ -169,26 +169,6 @@ def take(x, index):
     return x.reshape(-1).at[index].get(mode="fill")
 
 
-def _strided_places(size, stride, offset):
-    place = jnp.full((), offset, jnp.int64)
-    for d, (n, s) in enumerate(zip(size, stride, strict=True)):
-        shape = [1] * len(size)
-        shape[d] = n
-        place = place + (jnp.arange(n, dtype=jnp.int64) * s).reshape(shape)
-    return jnp.broadcast_to(place, size)
-
-
-@lowers(aten.as_strided.default, aten.as_strided_copy.default)
-def as_strided(x, size, stride, storage_offset=None):
-    """Elements of a contiguous tensor at computed places: in a functional graph tensors are contiguous."""
-    return x.reshape(-1)[_strided_places(size, stride, storage_offset or 0)]
-
-
-@lowers(aten.as_strided_scatter.default)
-def as_strided_scatter(x, src, size, stride, storage_offset=None):
-    return x.reshape(-1).at[_strided_places(size, stride, storage_offset or 0)].set(src).reshape(x.shape)
-
-
 @lowers(aten.segment_reduce.default)
 def segment_reduce(data, reduce, *, lengths=None, indices=None, offsets=None, axis=0, unsafe=False, initial=None):
     """Reductions of consecutive runs along the last dimension of `lengths` (or between `offsets`)."""

@@ -11,7 +11,7 @@ import torch
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, to_jax
-from kpx.bridges.torch.registry import lowers
+from kpx.bridges.torch.registry import lowers, memory_layout
 
 aten = torch.ops.aten
 
@@ -291,12 +291,12 @@ def sym_numel(x):
 
 @lowers(aten.sym_stride.int)
 def sym_stride(x, dim):
-    return math.prod(x.shape[dim % x.ndim + 1 :])
+    return memory_layout(0, x.shape)[1][dim % x.ndim]
 
 
 @lowers(aten.sym_storage_offset.default)
 def sym_storage_offset(x):
-    return 0
+    return memory_layout(0, x.shape)[0]
 
 
 # Values in Python ------------------------------------------------------------------------------
