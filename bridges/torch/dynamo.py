@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kpx.bridges.torch import internals, joint
 from kpx.bridges.torch.graphs import CompiledGraph, Settings, boxed, written_inputs
+from kpx.bridges.torch.outputs import tangent_layouts
 from kpx.bridges.torch.registry import RULES
 from kpx.config import Config, resolve
 from kpx.errors import GraphBreakWarning, InputError, UnsupportedError
@@ -68,7 +69,7 @@ def differentiable(function: Callable, config: Config | None = None) -> Callable
     def call(*tensors):
         # Constants that the function makes are tensors like others.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with tracing(TracingContext(mode)):
+        with tracing(TracingContext(mode)), tangent_layouts(None):
             return compiled(*tensors)
 
     return call
@@ -113,7 +114,8 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
             warnings.warn(f"{message} Eager PyTorch runs this part.", GraphBreakWarning, stacklevel=2)
             return graph
     settings.writes_state = settings.writes_state or internals.writes_python_state()
-    compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
+    with tangent_layouts(graph):
+        compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
     return _on_aliases(compiled, graph, written_inputs(), example_inputs)
 
 

@@ -10,11 +10,16 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
 from kpx.bridges.torch.interpret import as_jax_function, is_random
+from kpx.bridges.torch.outputs import Layout
+from kpx.bridges.torch.registry import bound_sizes
 from kpx.errors import UnsupportedError
 
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
-_RESULTS = {OutputKind.USER_OUTPUT}
+RESULTS = {OutputKind.USER_OUTPUT}
 _CHANGES = {OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION}
+
+# Under this key an output node's meta holds the output tensors as they were before the graph was decomposed.
+EAGER_OUTPUTS = "kpx_eager_outputs"
 
 TENSOR = object()  # stands for a tensor among outputs, where the others are constants
 
@@ -60,6 +65,7 @@ class ExportedFunction:
         input_count: how many tensors and sizes the flat user inputs hold.
         changed: positions among the inputs of those that the model writes.
         outputs: the user outputs in order: `TENSOR`, or the constant itself.
+        layouts: of the output tensors in order, how they lie in memory where that is not row-major. Set by a call.
         is_random: whether a key is needed.
     """
 
@@ -87,7 +93,7 @@ class ExportedFunction:
         names = [s.arg.name for s in signature.input_specs]
         nodes = list(program.graph.output_node().args[0])
         out = list(enumerate(signature.output_specs))
-        self._outputs = [i for i, s in out if s.kind in _RESULTS]
+        self._outputs = [i for i, s in out if s.kind in RESULTS]
         written = {s.target: i for i, s in out if s.kind in _CHANGES}
         self._new_state = [written[name] for name in self.state]
         inputs = {names[i]: p for p, i in enumerate(self._inputs)}
@@ -95,6 +101,11 @@ class ExportedFunction:
         self._new_inputs = [i for i, _ in mutated]
         self.changed = [p for _, p in mutated]
         self.outputs = [TENSOR if isinstance(nodes[i], torch.fx.Node) else nodes[i] for i in self._outputs]
+        self._captured = [n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")]
+        kept = program.graph.output_node().meta.get(EAGER_OUTPUTS)
+        values = [nodes[i].meta.get("val") for i in self._outputs if isinstance(nodes[i], torch.fx.Node)]
+        self._symbolic_layouts = [Layout.of(v) for v in (values if kept is None else kept)]
+        self.layouts: list[Layout | None] = []
 
     def __call__(self, weights: Sequence, state: Sequence, inputs: Sequence, key: Any = None) -> Results:
         values: list[Any] = [None] * self._count
@@ -105,12 +116,14 @@ class ExportedFunction:
             values[i] = array
         for i, constant in self._constants.items():
             values[i] = constant
+        sizes = bound_sizes(zip(self._captured, values, strict=True))
+        self.layouts = [None if layout is None else layout.resolve(sizes) for layout in self._symbolic_layouts]
         results = self._function(values, key)
         return Results(*([results[i] for i in part] for part in (self._outputs, self._new_state, self._new_inputs)))
 
 
 def _check_effects(signature: Any) -> None:
-    known = {*_RESULTS, *_CHANGES, OutputKind.USER_INPUT_MUTATION, OutputKind.TOKEN}
+    known = {*RESULTS, *_CHANGES, OutputKind.USER_INPUT_MUTATION, OutputKind.TOKEN}
     unknown = [
         f"  {getattr(s, 'target', None) or s.arg} ({s.kind.name})"
         for s in signature.output_specs

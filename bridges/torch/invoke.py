@@ -13,6 +13,7 @@ import torch
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.exported import TENSOR, ExportedFunction, Signature
+from kpx.bridges.torch.outputs import Layout
 from kpx.bridges.torch.tensors import canonical, dense_order, to_array, to_tensor
 from kpx.bridges.torch.weights import LiveWeights
 from kpx.config import Config
@@ -152,13 +153,20 @@ class Invocation:
             assert isinstance(function, ExportedFunction)  # a signature comes with the program that was saved
             results = function(weights, arrays[count:], arrays[:count], key)
             outputs = [r for r, p in zip(results.outputs, function.outputs, strict=True) if p is TENSOR]
-            return [*outputs, *results.state, *results.changed_inputs]
+            self._layouts = function.layouts
+            stored = [r if n is None else n.stored(r) for r, n in zip(outputs, self._layouts, strict=True)]
+            return [*stored, *results.state, *results.changed_inputs]
 
         given = [*inputs, *state.tensors()]
+        self._layouts: list[Layout | None] = [] if saved is None else saved["layouts"]
         self._call = TensorProgram(flat, weights, given, function.is_random, target, config, saved)
         self._outputs = function.outputs.count(TENSOR)
+        self._is_row_major = not any(self._layouts)
         self.program = self._call.model
-        self.saved = self._call.saved
+
+    def saved(self) -> dict[str, Any]:
+        """What makes the same program in another process."""
+        return {**self._call.saved(), "layouts": self._layouts}
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The output tensors; what the model writes has been written.
@@ -167,11 +175,17 @@ class Invocation:
             IndexError, LinAlgError: see `TensorProgram`; nothing was written then.
         """
         if self._is_pure:
-            return list(map(to_tensor, self._call(inputs)))
+            return self._as_tensors(self._call(inputs))
         held = self._state.tensors()
         results = self._call([*inputs, *(t.detach() for t in held)])
         targets = [*held, *(inputs[p] for p in self._changed)]
         with torch.no_grad():
             for tensor, new in zip(targets, results[self._outputs :], strict=True):
                 tensor.copy_(to_tensor(new))
-        return [to_tensor(a) for a in results[: self._outputs]]
+        return self._as_tensors(results[: self._outputs])
+
+    def _as_tensors(self, results: Sequence[jax.Array]) -> list[torch.Tensor]:
+        tensors = list(map(to_tensor, results))
+        if self._is_row_major:
+            return tensors
+        return [t if n is None else n.viewed(t) for t, n in zip(tensors, self._layouts, strict=True)]

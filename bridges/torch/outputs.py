@@ -7,13 +7,19 @@ reads them folds the transposition into what it does with them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import torch
+from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
 
+from kpx.bridges.torch.registry import bound_sizes
 from kpx.bridges.torch.tensors import dense_order
 
 aten = torch.ops.aten
@@ -54,9 +60,9 @@ class Outputs:
         nodes = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         shown = _shown(len(nodes), backward)
-        self._symbols = [_symbol(n.meta.get("val")) for n in placeholders]
+        self._captured = [n.meta.get("val") for n in placeholders]
         self._outputs: list[_Output] = []
-        self._layouts: dict[int, tuple] = {}
+        self._layouts: dict[int, Layout] = {}
         computed: list[Any] = []
         orders: dict[Any, tuple[int, ...] | None] = {}
         for position, node in enumerate(nodes):
@@ -66,10 +72,11 @@ class Outputs:
                 continue
             if base not in computed or not isinstance(base, torch.fx.Node):
                 computed.append(base)
-            order = orders.setdefault(base, None if backward or position < shown else _order(base))
+            order = orders.setdefault(base, None if backward else _order(base))
             back = None if order is None else _inverse(order)
             self._outputs.append(_Output(False, computed.index(base), steps, back))
-            if position < shown and (layout := _layout(node)) is not None:
+            value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+            if position < shown and (layout := Layout.of(value)) is not None:
                 self._layouts[position] = layout
         self.graph = _giving(module, computed, orders)
 
@@ -77,9 +84,9 @@ class Outputs:
         """The graph's outputs."""
         results = [o.take(inputs, computed) for o in self._outputs]
         if self._layouts:
-            sizes = {s: a for s, a in zip(self._symbols, inputs, strict=True) if s is not None}
+            sizes = bound_sizes(zip(self._captured, inputs, strict=True))
             for i, layout in self._layouts.items():
-                results[i] = _placed(results[i], *(_number(n, sizes) for n in layout))
+                results[i] = layout.resolve(sizes).place(results[i])
         return results
 
 
@@ -102,7 +109,7 @@ def _unwound(node: Any, placeholders: list[torch.fx.Node], shown: bool) -> tuple
         return node, []
     if base in placeholders:
         return base, steps
-    # What users see of computed values has the strides that PyTorch says: see `_layout`.
+    # What users see of computed values has the strides that PyTorch says: see `Layout`.
     return (node, []) if shown or not _replays(base, steps) else (base, steps)
 
 
@@ -159,15 +166,81 @@ def _is_check(node: torch.fx.Node) -> bool:
 # Strides ---------------------------------------------------------------------------------------
 
 
-def _layout(node: Any) -> tuple | None:
-    """`(offset, *strides)` of an output that is not row-major from the start of its memory.
+def tangent_layouts(graph: torch.fx.GraphModule | None) -> contextlib.AbstractContextManager:
+    """How AOTAutograd lays out gradients of a graph's outputs while it is compiled.
 
-    AOTAutograd makes views of inputs with the strides and offsets that it finds on outputs.
+    It copies a gradient into the strides of its output, and so spoils it where those let elements share memory: windows of
+    `unfold`, for example. Such a graph takes row-major (or channels_last) gradients; so does a graph that is not known.
     """
-    value: Any = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
-    if not isinstance(value, torch.Tensor) or (_is_zero(value.storage_offset()) and _is_row_major(value)):
-        return None
-    return value.storage_offset(), *value.stride()
+    setting = "guess_tangent_strides_as_outputs"
+    if not hasattr(functorch_config, setting):
+        return contextlib.nullcontext()
+    if graph is not None and not any(map(_may_overlap, graph.graph.output_node().all_input_nodes)):
+        return contextlib.nullcontext()
+    return functorch_config.patch({setting: False})
+
+
+def _may_overlap(node: torch.fx.Node) -> bool:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return False
+    if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+        return False  # symbolic sizes: AOTAutograd keeps no strides
+    return torch._debug_has_internal_overlap(value) != 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How eager PyTorch lays out a tensor that is not row-major from the start of its memory.
+
+    AOTAutograd makes views of inputs with the strides and offsets that it finds on outputs, and users look at them.
+    """
+
+    size: tuple
+    strides: tuple
+    offset: Any
+
+    @classmethod
+    def of(cls, value: Any) -> Layout | None:
+        """That of a captured value; None where it is row-major, or no dense tensor."""
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+        if _is_zero(value.storage_offset()) and _is_row_major(value):
+            return None
+        return cls(tuple(value.shape), tuple(value.stride()), value.storage_offset())
+
+    def resolve(self, sizes: dict[Any, int]) -> Layout:
+        """The same in numbers, given what symbols stand for."""
+        size, strides = ([_number(n, sizes) for n in numbers] for numbers in (self.size, self.strides))
+        return Layout(tuple(size), tuple(strides), _number(self.offset, sizes))
+
+    @functools.cached_property
+    def order(self) -> tuple[int, ...] | None:
+        """The order of the dimensions in memory, where elements lie there without gaps and not in their own order."""
+        order = tuple(sorted(range(len(self.size)), key=lambda d: (-self.strides[d], d)))
+        wanted = 1
+        for d in reversed(order):
+            if self.size[d] != 1 and self.strides[d] != wanted:
+                return None
+            wanted *= self.size[d]
+        return None if list(order) == sorted(order) else order
+
+    def stored(self, array: jax.Array) -> jax.Array:
+        """An array as it is to be computed: with its dimensions in the order of memory."""
+        return array if self.order is None else jnp.transpose(array, self.order)
+
+    def viewed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that lies like this, given what `stored` gave."""
+        return self.place(tensor if self.order is None else tensor.permute(_inverse(self.order)))
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor's values, with these strides at this offset: a copy only where the tensor lies in another way."""
+        differs = any(a != b and n > 1 for a, b, n in zip(tensor.stride(), self.strides, self.size, strict=True))
+        if self.offset or (differs and tensor.numel()):
+            return _placed(tensor, self.offset, *self.strides)
+        if tensor.stride() != self.strides:  # of dimensions that have one element, or of no elements
+            return tensor.as_strided(self.size, self.strides, 0)
+        return tensor
 
 
 def _is_zero(number: Any) -> bool:
@@ -178,7 +251,7 @@ def _is_row_major(tensor: torch.Tensor) -> bool:
     """Whether a tensor is known to be row-major, without asking what a symbolic size is."""
     wanted: Any = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not _same(stride, wanted) and not (isinstance(size, int) and size == 1):
+        if not _same(stride, wanted):
             return False
         wanted = size * wanted
     return True
@@ -192,11 +265,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _expression(number: Any) -> Any:
     return number.node.expr if isinstance(number, torch.SymInt) else number
-
-
-def _symbol(value: Any) -> Any:
-    expression = _expression(value) if isinstance(value, torch.SymInt) else None
-    return expression if expression is not None and expression.is_Symbol else None
 
 
 def _number(number: Any, sizes: dict[Any, int]) -> int:
