@@ -14,7 +14,6 @@ from torch._decomp import decomposition_table
 
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch.decompose import decompose_apart
-from kpx.bridges.torch.exported import EAGER_OUTPUTS, RESULTS
 from kpx.bridges.torch.interpret import is_known
 from kpx.bridges.torch.registry import RULES
 from kpx.errors import CaptureError
@@ -58,18 +57,7 @@ def _lazy_code() -> contextlib.AbstractContextManager:
 def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """An exported program without in-place ops, and with rules for as many of its ops as there are."""
     table = _decompositions()
-    eager = _output_tensors(program)
-    program = program if decompose_apart(program, table, is_known) else program.run_decompositions(table)
-    program.graph.output_node().meta[EAGER_OUTPUTS] = eager
-    return program
-
-
-def _output_tensors(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
-    """What stands for the user's output tensors: a decomposition may give its results other strides than the op does."""
-    nodes = program.graph.output_node().args[0]
-    kinds = [spec.kind for spec in program.graph_signature.output_specs]
-    pairs = zip(nodes, kinds, strict=True)  # type: ignore[arg-type]
-    return [n.meta.get("val") for n, k in pairs if k in RESULTS and isinstance(n, torch.fx.Node)]
+    return program if decompose_apart(program, table, is_known) else program.run_decompositions(table)
 
 
 def _decompositions() -> dict:

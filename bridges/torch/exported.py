@@ -15,11 +15,8 @@ from kpx.bridges.torch.registry import bound_sizes
 from kpx.errors import UnsupportedError
 
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
-RESULTS = {OutputKind.USER_OUTPUT}
+_RESULTS = {OutputKind.USER_OUTPUT}
 _CHANGES = {OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION}
-
-# Under this key an output node's meta holds the output tensors as they were before the graph was decomposed.
-EAGER_OUTPUTS = "kpx_eager_outputs"
 
 TENSOR = object()  # stands for a tensor among outputs, where the others are constants
 
@@ -93,7 +90,7 @@ class ExportedFunction:
         names = [s.arg.name for s in signature.input_specs]
         nodes = list(program.graph.output_node().args[0])
         out = list(enumerate(signature.output_specs))
-        self._outputs = [i for i, s in out if s.kind in RESULTS]
+        self._outputs = [i for i, s in out if s.kind in _RESULTS]
         written = {s.target: i for i, s in out if s.kind in _CHANGES}
         self._new_state = [written[name] for name in self.state]
         inputs = {names[i]: p for p, i in enumerate(self._inputs)}
@@ -102,9 +99,8 @@ class ExportedFunction:
         self.changed = [p for _, p in mutated]
         self.outputs = [TENSOR if isinstance(nodes[i], torch.fx.Node) else nodes[i] for i in self._outputs]
         self._captured = [n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")]
-        kept = program.graph.output_node().meta.get(EAGER_OUTPUTS)
         values = [nodes[i].meta.get("val") for i in self._outputs if isinstance(nodes[i], torch.fx.Node)]
-        self._symbolic_layouts = [Layout.of(v) for v in (values if kept is None else kept)]
+        self._symbolic_layouts = [Layout.of(v) for v in values]
         self.layouts: list[Layout | None] = []
 
     def __call__(self, weights: Sequence, state: Sequence, inputs: Sequence, key: Any = None) -> Results:
@@ -123,7 +119,7 @@ class ExportedFunction:
 
 
 def _check_effects(signature: Any) -> None:
-    known = {*RESULTS, *_CHANGES, OutputKind.USER_INPUT_MUTATION, OutputKind.TOKEN}
+    known = {*_RESULTS, *_CHANGES, OutputKind.USER_INPUT_MUTATION, OutputKind.TOKEN}
     unknown = [
         f"  {getattr(s, 'target', None) or s.arg} ({s.kind.name})"
         for s in signature.output_specs

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 # Views -----------------------------------------------------------------------------------------
 
 
-@lowers(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+@lowers(aten.view.default, aten.view_copy.default, aten.reshape.default, aten._unsafe_view.default)
 def view(x, size):
     return jnp.reshape(x, size)
 

@@ -6,8 +6,10 @@ program have none, so these ops have rules of their own, and `as_strided` works 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +26,12 @@ aten, prims = torch.ops.aten, torch.ops.prims
 # Strides and memory ----------------------------------------------------------------------------
 
 
-def _positions(size: Sequence[int], stride: Sequence[int], offset: int, iota=None):
-    """The position in memory of each element; by NumPy, or in the program with `iota=jax.lax.broadcasted_iota`."""
-    if iota is None:
-        positions = np.full(tuple(size), offset, np.int64)
-        for d, s in enumerate(stride):
-            positions += (np.arange(size[d], dtype=np.int64) * s).reshape([-1 if e == d else 1 for e in range(len(size))])
-        return positions
-    positions = jnp.full(tuple(size), offset, jnp.int64)
-    for d, s in enumerate(stride):
-        positions = positions + iota(jnp.int64, tuple(size), d) * s
+def _positions(size: Sequence[int], stride: Sequence[int], offset: int, xp: Any = jnp) -> Any:
+    """The position in memory of each element: computed by the program, or with `xp=np` now."""
+    positions = xp.full(tuple(size), offset, xp.int64)
+    for d, (n, s) in enumerate(zip(size, stride, strict=True)):
+        along = [n if e == d else 1 for e in range(len(size))]
+        positions = positions + (xp.arange(n, dtype=xp.int64) * s).reshape(along)
     return positions
 
 
@@ -68,12 +66,12 @@ class _Memory:
         self._size = [1 if s == 0 else n for n, s in zip(x.shape, stride, strict=True)]
         self._shape, self._stride, self._offset = x.shape, list(stride), offset
         self._order = _by_stride(self._size, self._stride)
-        self._is_dense = _is_dense(self._size, self._stride)
+        self._is_dense = not x.size or _is_dense(self._size, self._stride)
         x = jax.lax.slice(x, [0] * x.ndim, [min(n, m) for n, m in zip(x.shape, self._size, strict=True)])
         if self._is_dense:
             self.values = jnp.transpose(x, self._order).reshape(-1)
         else:
-            where = _positions(self._size, self._stride, 0, jax.lax.broadcasted_iota)
+            where = _positions(self._size, self._stride, 0)
             self.values = jnp.zeros(_last(self._size, self._stride, 0) + 1, x.dtype).at[where].set(x)
 
     def start(self, size: Sequence[int], stride: Sequence[int], offset: int) -> int:
@@ -83,11 +81,11 @@ class _Memory:
             UnsupportedError: the view has elements that are none of the tensor's.
         """
         start = offset - self._offset
-        inside = 0 <= start and _last(size, stride, start) < self.values.size
+        inside = start >= 0 and _last(size, stride, start) < self.values.size
         if inside and not self._is_dense:
             held = np.zeros(self.values.size, bool)
-            held[_positions(self._size, self._stride, 0)] = True
-            inside = bool(held[_positions(size, stride, start)].all())
+            held[_positions(self._size, self._stride, 0, np)] = True
+            inside = bool(held[_positions(size, stride, start, np)].all())
         if inside:
             return start
         raise UnsupportedError(
@@ -103,18 +101,18 @@ class _Memory:
             shape = [self._size[d] for d in self._order]
             x = jnp.transpose(values.reshape(shape), np.argsort(self._order))
         else:
-            x = values[_positions(self._size, self._stride, 0, jax.lax.broadcasted_iota)]
+            x = values[_positions(self._size, self._stride, 0)]
         return jnp.broadcast_to(x, self._shape)
 
 
 def _viewed(memory: jax.Array, size: Sequence[int], stride: Sequence[int], start: int) -> jax.Array:
     """Elements of a 1-d array by strides: slices and reshapes where dimensions nest, else a gather."""
-    steps = [s for s in stride]
+    steps = list(stride)
     inner = [1 if s == 0 else n for n, s in zip(size, steps, strict=True)]
     order = [d for d in _by_stride(inner, steps) if inner[d] != 1]
-    nested = all(steps[a] >= inner[b] * steps[b] for a, b in zip(order, order[1:], strict=False))
+    nested = all(steps[a] >= inner[b] * steps[b] for a, b in itertools.pairwise(order))
     if not nested:
-        positions = _positions(inner, steps, start, jax.lax.broadcasted_iota)
+        positions = _positions(inner, steps, start)
         return jnp.broadcast_to(memory[positions], size)
     x = memory[start:]
     for d in order:
@@ -146,7 +144,7 @@ def as_strided_scatter(x, src, size, stride, storage_offset=None):
         return x
     memory = _Memory(x, strides, offset)
     start = memory.start(size, stride, offset if storage_offset is None else storage_offset)
-    where = _positions(size, stride, start, jax.lax.broadcasted_iota)
+    where = _positions(size, stride, start)
     return memory.tensor(memory.values.at[where].set(jnp.broadcast_to(src.astype(x.dtype), tuple(size))))
 
 
