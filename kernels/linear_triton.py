@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.jit
 def _activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x < 0.0, 0.0, x)  # NaN stays
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "sigmoid":

@@ -98,9 +98,10 @@ struct Convolution {
     Key key = Base(3);
     key.insert(key.end(), {images, to - from, std::max<int64_t>(-first, 0), std::max<int64_t>(last - height, 0),
                            from == 0 && to == height_out});
-    steps.Describe(&key);
+    const Steps fused = steps.Fused();
+    fused.Describe(&key);
     const memory::desc weights = Packing().weights;
-    return Cached(key, [&] { return Make(images, from, to, weights, steps); });
+    return Cached(key, [&] { return Make(images, from, to, weights, fused); });
   }
 };
 
@@ -142,10 +143,21 @@ void Pack(XLA_FFI_CallFrame* frame) {
   }
 }
 
+// Runs a primitive over a tile of the result, and the steps that it leaves.
+void Run(const Ready& ready, const char* x, const char* weights, const Operands& o, const Steps& steps, Type out,
+         const Tile& tile) {
+  const std::vector<void*> operands = o.At(tile.at, tile.column, steps);
+  const size_t fused = steps.Fused().Operands();
+  char* y = o.y + tile.at * Size(out);
+  Execute(ready, {x, weights, y}, {operands.begin(), operands.begin() + fused});
+  Finish(steps.Unfused(), out, tile, y, operands.data() + fused);
+}
+
 void Multiply(XLA_FFI_CallFrame* frame) {
   const Operands o = Read(frame);
   const Product p = ProductOf(Attribute(frame->attrs, "sizes"), TypeOf(Argument(frame, 0)), TypeOf(Result(frame, 0)),
                               {Attribute(frame->attrs, "steps"), o.types});
+  CheckUnfused(p.steps.Unfused(), p.out);
   const int64_t threads = UsefulThreads(frame, 2 * p.rows * p.columns * p.inner);
   // More tasks than threads, since a thread may be slower than another or come late, but none of few rows.
   const int64_t wanted = threads == 1 ? 1 : (2 * threads + p.blocks - 1) / p.blocks;
@@ -163,10 +175,10 @@ void Multiply(XLA_FFI_CallFrame* frame) {
     const int64_t block = task % p.blocks, band = task / p.blocks, row = band * height, column = p.Start(block);
     const Ready* ready = band == bands - 1 ? rest[block] : whole[block];
     if (ready == nullptr) return;
-    const int64_t at = row * p.columns + column;
+    const int64_t at = row * p.columns + column, rows = std::min(height, p.rows - row);
     OneThread one;
-    Execute(*ready, {o.x + row * p.inner * Size(p.in), o.weights + starts[block], o.y + at * Size(p.out)},
-            o.At(at, column, p.steps));
+    Run(*ready, o.x + row * p.inner * Size(p.in), o.weights + starts[block], o, p.steps, p.out,
+        {at, column, rows, p.Width(block), p.columns});
   });
 }
 
@@ -185,6 +197,7 @@ void Convolve(XLA_FFI_CallFrame* frame) {
   const Operands o = Read(frame);
   const Convolution c = ConvolutionOf(Attribute(frame->attrs, "sizes"), TypeOf(Argument(frame, 0)),
                                       TypeOf(Result(frame, 0)), {Attribute(frame->attrs, "steps"), o.types});
+  CheckUnfused(c.steps.Unfused(), c.out);
   const int64_t points = c.batch * c.height_out * c.width_out;
   const int64_t flops = 2 * points * c.channels_out * c.channels / c.groups * c.kernel_height * c.kernel_width;
   const int64_t threads = UsefulThreads(frame, flops);
@@ -202,8 +215,9 @@ void Convolve(XLA_FFI_CallFrame* frame) {
     for (int64_t i = 0; i < (together ? 1 : count); ++i) {
       const int64_t read = ((image + i) * c.height + first) * c.width * c.channels;
       const int64_t written = ((image + i) * c.height_out + from) * c.width_out * c.channels_out;
-      Execute(ready, {o.x + read * Size(c.in), o.weights, o.y + written * Size(c.out)},
-              o.At(written, 0, c.steps));
+      const int64_t points = (together ? count : 1) * (to - from) * c.width_out;
+      Run(ready, o.x + read * Size(c.in), o.weights, o, c.steps, c.out,
+          {written, 0, points, c.channels_out, c.channels_out});
     }
   });
 }
@@ -237,6 +251,7 @@ int64_t kpx_onednn_bytes(const int64_t* sizes, int64_t count, const int64_t* ste
   Steps then{{steps, steps_count}, {}};
   for (int64_t i = 2; i < types_count; ++i) then.types.push_back(type(i));
   try {
+    CheckUnfused(then.Unfused(), type(1));
     if (count != kProductSizes) {
       const Convolution c = ConvolutionOf({sizes, count}, type(0), type(1), then);
       c.For(c.batch, 0, c.height_out);
@@ -246,7 +261,7 @@ int64_t kpx_onednn_bytes(const int64_t* sizes, int64_t count, const int64_t* ste
                                 : ProductOf({sizes, count}, type(0), type(1), then);
     if (quantized) {
       const QuantizedProduct q = {p, type(0), type(1), then};
-      q.Finishing(q.Band());
+      q.Finisher(q.Band());
     }
     int64_t bytes = 0;
     for (int64_t block = 0; block < p.blocks; ++block) {

@@ -3,19 +3,9 @@
 #ifndef KPX_KERNELS_ONEDNN_QUANTIZED_H_
 #define KPX_KERNELS_ONEDNN_QUANTIZED_H_
 
-#include <cmath>
-
 #include "onednn_product.h"
 
 namespace {
-
-inline float ToFloat(float x) { return x; }
-inline float ToFloat(uint16_t x) {  // bf16
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float found;
-  std::memcpy(&found, &bits, sizeof(found));
-  return found;
-}
 
 // A row as int8 in [-127, 127], rounded to nearest even, and what its numbers are to be multiplied by. A row with an
 // infinity or a NaN gives NaN; one of zeros, or of numbers so small that 127 over them is no number, gives zeros.
@@ -80,7 +70,7 @@ struct Workspace {
 };
 
 // The steps of rows of sums, into the result: a primitive that begins with the first, or multiplies by one.
-const Ready& Finish(int64_t rows, int64_t columns, Type out, const Steps& steps) {
+const Ready& Finishing(int64_t rows, int64_t columns, Type out, const Steps& steps) {
   Key key = {6, rows, columns, static_cast<int64_t>(out)};
   steps.Describe(&key);
   return Cached(key, [&] {
@@ -113,22 +103,28 @@ struct QuantizedProduct {
   bool IsCutByColumns() const { return product.blocks > 1; }
   int64_t Band() const { return IsCutByColumns() ? product.rows : std::min<int64_t>(product.rows, 32); }
   const Ready& Counting(int64_t height, int64_t block) const { return product.For(height, product.Width(block)); }
-  const Ready& Finishing(int64_t height) const { return Finish(height, product.columns, out, steps); }
+  const Ready& Finisher(int64_t height) const { return Finishing(height, product.columns, out, steps.Fused()); }
 
   void Write(const Workspace& space, int64_t rows, const float* scales, char* y, const std::vector<void*>& further) const {
-    if (steps.codes.size == 0 && out == Type::f32) {
+    const Steps fused = steps.Fused(), unfused = steps.Unfused();
+    const size_t operands = fused.Operands();
+    const Tile tile = {0, 0, rows, product.columns, product.columns};
+    if (fused.codes.size == 0 && out == Type::f32) {
       space.Scale(rows, product.columns, scales, reinterpret_cast<float*>(y));
+      Finish(unfused, out, tile, y, further.data() + operands);
       return;
     }
     float* sums = const_cast<float*>(space.sums.data());
     space.Scale(rows, product.columns, scales, sums);  // where they were counted
     static const float one = 1.0f;
-    const bool takes = steps.codes.size && Steps::TakesOperand(steps.codes.data[0]);
+    const bool takes = fused.codes.size && Steps::TakesOperand(fused.codes.data[0]);
     const void* other = takes ? further[0] : static_cast<const void*>(&one);
-    Execute(Finishing(rows), {sums, other, y}, {further.begin() + takes, further.end()});
+    Execute(Finisher(rows), {sums, other, y}, {further.begin() + takes, further.begin() + operands});
+    Finish(unfused, out, tile, y, further.data() + operands);
   }
 
   void Run(const XLA_FFI_CallFrame* frame, const Operands& o, const float* scales) const {
+    CheckUnfused(steps.Unfused(), out);
     const int64_t rows = product.rows, inner = product.inner, columns = product.columns;
     const int64_t threads = UsefulThreads(frame, rows * columns * inner);
     if (IsCutByColumns()) {

@@ -34,9 +34,9 @@ def forward(x, depthwise, scale, shift, pointwise, out, POSITIONS: tl.constexpr,
         inner = inner * tl.load(scale + channels, there, 0.0).to(tl.float32)[None, :]
         inner = inner + tl.load(shift + channels, there, 0.0).to(tl.float32)[None, :]
         if ACTIVATION == "relu":
-            inner = tl.maximum(inner, 0.0)
+            inner = tl.where(inner < 0.0, 0.0, inner)  # NaN stays
         elif ACTIVATION == "relu6":
-            inner = tl.minimum(tl.maximum(inner, 0.0), 6.0)
+            inner = tl.where(inner < 0.0, 0.0, tl.where(inner > 6.0, 6.0, inner))
         elif ACTIVATION == "silu":
             inner = inner / (1.0 + tl.exp(-inner))
         factors = tl.load(

@@ -1,53 +1,179 @@
-"""Which activation an elementwise region computes, told by its values and not by how it is spelled."""
+"""Recognise the activation that an elementwise region computes, by the expression itself.
+
+A region becomes a polynomial in its input and in functions of polynomials (`tanh`, `erf`, `exp`, ...), in one normal form:
+products are expanded, and `1 / (1 + exp(-u))` and `logistic(u)` are `(1 + tanh(u / 2)) / 2`. Two spellings of one activation
+have the same normal form, but for how their constants are rounded; a clamp, another constant or another function has another.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from kpx.ir import module as m
 from kpx.ir.module import Value, stablehlo
 
-_erf = np.vectorize(math.erf)
+# What the last op of each activation may be.
+ROOTS = (
+    stablehlo.MulOp, stablehlo.AddOp, stablehlo.MaxOp, stablehlo.DivOp, stablehlo.TanhOp, stablehlo.LogisticOp,
+)  # fmt: skip
+_FUNCTIONS = {stablehlo.TanhOp: "tanh", m.chlo.ErfOp: "erf", stablehlo.ExpOp: "exp"}
+_OPS = (
+    *ROOTS, *_FUNCTIONS, m.chlo.ErfcOp, stablehlo.SubtractOp, stablehlo.NegOp, stablehlo.PowOp, stablehlo.ConvertOp,
+)  # fmt: skip
+_TYPES = ("bf16", "f32", "f64")  # of one range of exponents, or a wider one: a conversion between them only rounds
+
+_MOST_OPS = 24
+_MOST_TERMS = 16
+_ROUNDING = {"bf16": 2.0**-9, "f32": 1e-6, "f64": 1e-6}  # of a constant, relative; models write six digits or more
+
+# By the atom's place in a table (the input is 0), its power.
+Monomial = tuple[tuple[int, int], ...]
 
 
-def _logistic(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+class _Unknown(Exception):
+    """No activation computes this."""
 
 
-# Of f64 arrays.
-_OPS: dict[type, Callable[..., np.ndarray]] = {
-    stablehlo.AddOp: np.add, stablehlo.SubtractOp: np.subtract, stablehlo.MulOp: np.multiply,
-    stablehlo.DivOp: np.divide, stablehlo.MaxOp: np.maximum, stablehlo.NegOp: np.negative,
-    stablehlo.PowOp: np.power, stablehlo.ExpOp: np.exp, stablehlo.TanhOp: np.tanh, stablehlo.LogisticOp: _logistic,
-    m.chlo.ErfOp: _erf, stablehlo.ConvertOp: lambda x: x,
-}  # fmt: skip
+@dataclass(frozen=True)
+class _Number:
+    """A coefficient, and how far it may be from what was meant, relative to it."""
 
-ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "relu": lambda x: np.maximum(x, 0),
-    "gelu": lambda x: x / 2 * (1 + _erf(x / math.sqrt(2))),
-    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "silu": lambda x: x * _logistic(x),
-    "tanh": np.tanh,
-    "logistic": _logistic,
-}
-# What the last op of each may be.
-ROOTS = (stablehlo.MulOp, stablehlo.MaxOp, stablehlo.DivOp, stablehlo.TanhOp, stablehlo.LogisticOp)
+    value: float
+    error: float = 0.0
 
-_POINTS = np.linspace(-6, 6, 41)
-_WANTED = {name: f(_POINTS) for name, f in ACTIVATIONS.items()}
-_MOST_OPS = 20
-_TOLERANCE = 1e-6  # constants are rounded to f32
-_NARROW_TOLERANCE = 2.0**-8  # or to bf16, as every value in between is then: the activation itself is nearer
+
+Polynomial = Mapping[Monomial, _Number]
+
+
+@dataclass
+class _Algebra:
+    """Polynomials over a table of atoms: the input, and functions of polynomials."""
+
+    atoms: list[tuple[str, Polynomial]] = field(default_factory=lambda: [("input", {})])
+
+    def input(self) -> Polynomial:
+        return {((0, 1),): _Number(1.0)}
+
+    def constant(self, number: float, error: float = 0.0) -> Polynomial:
+        return {(): _Number(number, error)} if number else {}
+
+    def add(self, a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial:
+        total = dict(a)
+        for monomial, term in b.items():
+            before = total.get(monomial, _Number(0.0))
+            value = before.value + sign * term.value
+            total[monomial] = _Number(value, max(before.error, term.error))
+            if not value:
+                if monomial:
+                    raise _Unknown  # NaN less NaN is no zero
+                del total[monomial]
+        return self._checked(total)
+
+    def multiply(self, a: Polynomial, b: Polynomial) -> Polynomial:
+        if not a or not b:
+            raise _Unknown  # NaN times zero is no zero
+        total: Polynomial = {}
+        for left, x in a.items():
+            for right, y in b.items():
+                powers = dict(left)
+                for atom, power in right:
+                    powers[atom] = powers.get(atom, 0) + power
+                term = _Number(x.value * y.value, x.error + y.error)
+                total = self.add(total, {tuple(sorted(powers.items())): term})
+        return total
+
+    def power(self, a: Polynomial, exponent: Polynomial) -> Polynomial:
+        number = self.number(exponent)
+        if number not in (1.0, 2.0, 3.0):
+            raise _Unknown
+        result = a
+        for _ in range(int(number) - 1):
+            result = self.multiply(result, a)
+        return result
+
+    def divide(self, a: Polynomial, b: Polynomial) -> Polynomial:
+        constant = b.get(())
+        if constant is not None and len(b) == 1:
+            return self.multiply(a, {(): _Number(1 / constant.value, constant.error)})
+        # 1 / (1 + exp(-u))
+        for monomial, factor in b.items():
+            if len(monomial) == 1 and monomial[0][1] == 1 and self.atoms[monomial[0][0]][0] == "exp":
+                rest = {k: v for k, v in b.items() if k != monomial}
+                if factor.value == 1 and self.same(rest, self.constant(1.0)):
+                    return self.multiply(a, self.logistic(self.negated(self.atoms[monomial[0][0]][1])))
+        raise _Unknown
+
+    def logistic(self, u: Polynomial) -> Polynomial:
+        half = self.constant(0.5)
+        return self.add(half, self.multiply(half, self.odd("tanh", self.multiply(half, u))))
+
+    def negated(self, a: Polynomial) -> Polynomial:
+        return self.multiply(self.constant(-1.0), a)
+
+    def odd(self, name: str, u: Polynomial) -> Polynomial:
+        """An odd function, of an argument whose first coefficient is positive."""
+        if u and u[min(u)].value < 0:
+            return self.negated(self.function(name, self.negated(u)))
+        return self.function(name, u)
+
+    def function(self, name: str, u: Polynomial) -> Polynomial:
+        for place, (known, argument) in enumerate(self.atoms):
+            if known == name and self.same(argument, u):
+                return {((place, 1),): _Number(1.0)}
+        self.atoms.append((name, u))
+        return {((len(self.atoms) - 1, 1),): _Number(1.0)}
+
+    def relu(self, a: Polynomial, b: Polynomial) -> Polynomial:
+        if not b:
+            return self.function("relu", a)
+        if not a:
+            return self.function("relu", b)
+        raise _Unknown
+
+    def number(self, a: Polynomial) -> float | None:
+        return 0.0 if not a else a[()].value if set(a) == {()} else None
+
+    @staticmethod
+    def same(a: Polynomial, b: Polynomial) -> bool:
+        """Whether two polynomials are one, but for the rounding of constants."""
+        return a.keys() == b.keys() and all(
+            math.isclose(a[k].value, b[k].value, rel_tol=max(a[k].error, b[k].error, 1e-12)) for k in a
+        )
+
+    @staticmethod
+    def _checked(a: Polynomial) -> Polynomial:
+        if len(a) > _MOST_TERMS or not all(math.isfinite(n.value) for n in a.values()):
+            raise _Unknown
+        return a
+
+
+def _known(algebra: _Algebra) -> dict[str, Polynomial]:
+    """The activations' normal forms."""
+    x, half, one = algebra.input(), algebra.constant(0.5), algebra.constant(1.0)
+    half_x = algebra.multiply(half, x)
+
+    def gated(function: Polynomial) -> Polynomial:
+        return algebra.multiply(half_x, algebra.add(one, function))
+
+    cube = algebra.multiply(algebra.constant(0.044715), algebra.power(x, algebra.constant(3.0)))
+    inner = algebra.multiply(algebra.constant(math.sqrt(2 / math.pi)), algebra.add(x, cube))
+    return {
+        "relu": algebra.relu(x, {}),
+        "gelu": gated(algebra.odd("erf", algebra.multiply(algebra.constant(math.sqrt(0.5)), x))),
+        "gelu_tanh": gated(algebra.odd("tanh", inner)),
+        "silu": algebra.multiply(x, algebra.logistic(x)),
+        "tanh": algebra.odd("tanh", x),
+        "logistic": algebra.logistic(x),
+    }
 
 
 def activation(op: Any) -> tuple[Value, str] | None:
-    """The array of which an op's result is an activation, and the activation's name.
+    """Return the array of which an op's result is an activation, and the activation's name.
 
-    None where nothing known is computed, or a value within the region, or the array, is used outside of it too.
+    None where the region computes none that is known, or where a value within it, or the array, has users outside of it.
     """
     region = _region(op)
     if region is None:
@@ -57,18 +183,17 @@ def activation(op: Any) -> tuple[Value, str] | None:
     inner = [x, *(o.operation.results[0] for o in ops[1:])]
     if not all(user.operation in inside for value in inner for user in m.users(value)):
         return None
-    with np.errstate(all="ignore"):
-        found = _value(op.operation.results[0], x, {x: _POINTS})
-    narrow = any(
-        m.element_type(o.operation.results[0]) == "bf16" for o in ops if not isinstance(o, stablehlo.ConvertOp)
-    )
-    name = min(_WANTED, key=lambda n: np.nan_to_num(np.abs(found - _WANTED[n]), nan=np.inf).max())
-    rtol, atol = (_NARROW_TOLERANCE, _NARROW_TOLERANCE) if narrow else (0, _TOLERANCE)
-    return (x, name) if np.allclose(found, _WANTED[name], rtol=rtol, atol=atol) else None
+    algebra = _Algebra()
+    known = _known(algebra)
+    try:
+        form = _normal_form(op.operation.results[0], algebra, {x: algebra.input()})
+    except _Unknown:
+        return None
+    return next(((x, name) for name, wanted in known.items() if algebra.same(form, wanted)), None)
 
 
 def _region(op: Any) -> tuple[list[Any], Value] | None:
-    """The elementwise ops that an op's result is computed by, itself first, and the one array that they begin with."""
+    """Return the elementwise ops that compute an op's result, itself first, and the one array that they begin with."""
     ops, seen, pending, leaf = [], set(), [op], None
     while pending:
         current = pending.pop()
@@ -81,21 +206,42 @@ def _region(op: Any) -> tuple[list[Any], Value] | None:
         for operand in current.operation.operands:
             if m.splat(operand) is not None:
                 continue
-            maker = m.producer(operand)
-            if maker is not None and type(maker) in _OPS and m.is_float(operand):
-                pending.append(maker)
+            producer = m.producer(operand)
+            if isinstance(producer, _OPS) and m.element_type(operand) in _TYPES:
+                pending.append(producer)
             elif leaf is None or leaf == operand:
                 leaf = operand
             else:
                 return None
-    return None if leaf is None or not m.is_float(leaf) else (ops, leaf)
+    return None if leaf is None or m.element_type(leaf) not in _TYPES else (ops, leaf)
 
 
-def _value(value: Value, x: Value, known: dict[Value, np.ndarray]) -> np.ndarray:
+def _normal_form(value: Value, algebra: _Algebra, known: dict[Value, Polynomial]) -> Polynomial:
     if value in known:
         return known[value]
     if (number := m.splat(value)) is not None:
-        return np.full_like(_POINTS, number)
+        return algebra.constant(float(number), _ROUNDING.get(m.element_type(value), 0.0))
     op = m.producer(value)
-    known[value] = _OPS[type(op)](*(_value(o, x, known) for o in op.operation.operands))
+    operands = [_normal_form(o, algebra, known) for o in op.operation.operands]
+    known[value] = _applied(op, algebra, operands)
     return known[value]
+
+
+def _applied(op: Any, algebra: _Algebra, operands: list[Polynomial]) -> Polynomial:
+    first, last = operands[0], operands[-1]
+    if type(op) in _FUNCTIONS:
+        name = _FUNCTIONS[type(op)]
+        return algebra.function(name, first) if name == "exp" else algebra.odd(name, first)
+    rules = {
+        stablehlo.AddOp: lambda: algebra.add(first, last),
+        stablehlo.SubtractOp: lambda: algebra.add(first, last, -1.0),
+        stablehlo.MulOp: lambda: algebra.multiply(first, last),
+        stablehlo.DivOp: lambda: algebra.divide(first, last),
+        stablehlo.NegOp: lambda: algebra.negated(first),
+        stablehlo.PowOp: lambda: algebra.power(first, last),
+        stablehlo.MaxOp: lambda: algebra.relu(first, last),
+        stablehlo.LogisticOp: lambda: algebra.logistic(first),
+        m.chlo.ErfcOp: lambda: algebra.add(algebra.constant(1.0), algebra.odd("erf", first), -1.0),
+        stablehlo.ConvertOp: lambda: first,
+    }
+    return rules[type(op)]()

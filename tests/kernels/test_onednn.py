@@ -317,3 +317,80 @@ def test_what_was_packed_before_for_other_columns_decides_nothing():
     """A block of columns of one product has the sizes of another's whole: how weights are packed is each one's own."""
     for sizes in ([64, 128, 128, 1], [64, 256, 128, 2], [64, 512, 128, 4]):
         assert onednn.packed_bytes(sizes, [], ["f32", "f32"]) is not None
+
+
+# What is not a number ----------------------------------------------------------------------------
+
+
+def _specials(shape, dtype):
+    """Normal numbers with a NaN and both infinities, each in a row of its own."""
+    x = torch.randn(shape, dtype=dtype)
+    flat = x.reshape(-1, shape[-1])
+    for row, number in enumerate((float("nan"), float("inf"), -float("inf"))):
+        flat[row, row] = number
+    return x
+
+
+def _assert_same_specials(got, eager):
+    assert torch.equal(got.isnan(), eager.isnan())
+    assert torch.equal(got.isinf(), eager.isinf())
+    assert torch.equal(got[got.isinf()], eager[eager.isinf()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tail", ["", "residual", "gated"])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "relu6"])
+def test_an_activation_in_a_product_keeps_nan_and_infinities(name, tail, dtype):
+    torch.manual_seed(0)
+    options = {tail: True} if tail else {}
+    layer = _Layer(96, 200, ACTIVATIONS.get(name) or torch.nn.ReLU6(), **options).to(dtype).eval()
+    x, y = _specials((4, 33, 96), dtype), torch.randn(4, 33, 200, dtype=dtype)
+    with torch.no_grad():
+        _assert_same_specials(kpx.optimize(layer)(x, y), layer(x, y))
+
+
+@pytest.mark.parametrize("precision", [None, "bf16", "int8", "int8-weights"])
+@pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.nn.ReLU6(), torch.nn.GELU()], ids=str)
+def test_nan_of_inputs_and_of_weights_reaches_the_result(activation, precision):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 200), activation, torch.nn.Linear(200, 96)).eval()
+    config = kpx.Config(precision=precision)
+    x = torch.randn(64, 96)
+    with torch.no_grad():
+        x[3, 5] = float("nan")
+        assert torch.equal(kpx.optimize(model, config=config)(x).isnan(), model(x).isnan())
+        model[2].weight[7, 7] = x[3, 5] = float("nan")
+        x[3, 5] = 0
+        assert torch.equal(kpx.optimize(model, config=config)(x).isnan(), model(x).isnan())
+
+
+@pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.nn.ReLU6(), torch.nn.SiLU()], ids=str)
+def test_an_activation_in_a_convolution_keeps_nan_and_infinities(sizes, activation):
+    n, channels, out, height, width, *further = sizes
+    torch.manual_seed(0)
+    kernel, stride, padding, dilation, groups = further
+    conv = torch.nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups)
+    model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(out), activation).eval()
+    x = torch.randn(n, channels, height, width)
+    x[0, 0, 1, 1], x[-1, -1, 6, 3], x[0, 1, 5, 6] = float("nan"), float("inf"), -float("inf")
+    with torch.no_grad():
+        _assert_same_specials(kpx.optimize(model)(x), model(x))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_follows_a_relu_is_in_its_call_and_matches_f64(seed):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(96, 200), torch.nn.BatchNorm1d(200)
+
+        def forward(self, x, y):
+            return torch.relu(self.norm(torch.relu(self.linear(x)))) * y + y
+
+    torch.manual_seed(seed)
+    block = Block()
+    torch.nn.init.normal_(block.norm.running_mean)
+    rows = (8, 64, 130, 700)[seed]
+    text = _check(block, (torch.randn(rows, 96), torch.randn(rows, 200)), "kpx_onednn_matmul")
+    assert "stablehlo.maximum" not in text
