@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from kpx.bridges.torch import internals
 from kpx.bridges.torch.graphs import Settings
+from kpx.bridges.torch.independence import DRAWS, Inputs, Run, draws, run_copy
 from kpx.bridges.torch.module import OptimizedModule, subclass_instance
 from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.buckets import Buckets
@@ -19,6 +20,8 @@ from kpx.errors import InputError
 
 _KINDS = ("batch", "sequence")
 _MASK = "attention_mask"
+_FEW = 4  # rows that a proof by row compares
+_FLAGS = (bool, str, type(None))
 
 
 class BucketedModule(OptimizedModule):
@@ -26,8 +29,8 @@ class BucketedModule(OptimizedModule):
 
     Dimension 0 of every input that has the batch's size is padded, and dimension 1 of every input that has the
     sequence's; both sizes are those of the first tensor. Where the model takes an `attention_mask`, it masks the
-    padding. At a bucket's first padded call, the outputs are compared with the model's own on the unpadded inputs; a
-    bucket in which they differ is refused.
+    padding. At a bucket's first padded call, a copy of the model runs with drawn inputs, padded with large values of both
+    signs and unpadded (see `independence`); a bucket in which the results differ is refused.
     """
 
     _kpx_padded: Padded
@@ -87,19 +90,23 @@ class Padded:
         goal = {kind: self._buckets.fit(kind, size) for kind, size in sizes.items()}
         if goal == sizes:
             return self._call(*args, **kwargs)
-        if goal.get("sequence") != sizes.get("sequence"):
-            args, kwargs = self._with_mask(args, kwargs, sizes)
-        padded_args, padded_kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: _padded(t, sizes, goal), (tuple(args), dict(kwargs))
+        masked = (
+            self._with_mask(args, kwargs, sizes) if goal.get("sequence") != sizes.get("sequence") else (args, kwargs)
         )
-        outputs = self._call(*padded_args, **padded_kwargs)
-        leaves, spec = pytree.tree_flatten(outputs)
-        key = (tuple(goal.items()), tuple(kind for kind in sizes if goal[kind] != sizes[kind]))
+        kinds = tuple(kind for kind in sizes if goal[kind] != sizes[kind])
+        key = (tuple(goal.items()), kinds, self._signature(args, kwargs, sizes))
         if key not in self._cuts:
-            self._cuts[key] = self._prove(args, kwargs, leaves, sizes, goal)
+            self._cuts[key] = self._prove(args, kwargs, masked, sizes, goal)
+        padded = _pad_all(*masked, sizes, goal)
+        leaves, spec = pytree.tree_flatten(self._call(*padded[0], **padded[1]))
         return pytree.tree_unflatten(
             [_cut(x, dims, sizes) for x, dims in zip(leaves, self._cuts[key], strict=True)], spec
         )
+
+    def _signature(self, args, kwargs, sizes) -> Any:
+        """What a proof holds for, beside the bucket: the arguments' kinds, and how the model stands."""
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        return str(spec), tuple(_described(leaf, sizes) for leaf in leaves), _modes(self._model)
 
     def _mask(self, args, kwargs) -> Any:
         """The mask that was given, or None."""
@@ -125,17 +132,19 @@ class Padded:
         """The outputs of a batch whose rows are computed at their own lengths."""
         leaves: list[Any] = []
         spec = None
+        signature = self._signature(args, kwargs, sizes)
         for length, rows in parts.items():
+            key = ("rows", length, length < sizes["sequence"], sizes["batch"] > 1, signature)
+            if key not in self._cuts:
+                self._cuts[key] = self._prove_rows(args, kwargs, sizes, rows, length, ("along", signature))
+            along = self._cuts[key]
             for chosen in torch.split(rows, self._buckets.largest("batch", len(rows))):
-                part = pytree.tree_map_only(
-                    torch.Tensor, lambda t, r=chosen, n=length: _taken(t, sizes, r, n), (tuple(args), dict(kwargs))
-                )
+                part = _take_all(args, kwargs, sizes, chosen, length)
                 inner = {**sizes, "batch": len(chosen), "sequence": length}
-                found, spec = pytree.tree_flatten(self._whole(part[0], part[1], inner))
-                along = self._prove_rows(args, kwargs, sizes, chosen, found, inner)
-                leaves = leaves or [_room(x, sizes, flag) for x, flag in zip(found, along, strict=True)]
+                outputs, spec = pytree.tree_flatten(self._whole(part[0], part[1], inner))
+                leaves = leaves or [_room(x, sizes, flag) for x, flag in zip(outputs, along, strict=True)]
                 hidden = self._mask(*part) == 0
-                for whole, x, flag in zip(leaves, found, along, strict=True):
+                for whole, x, flag in zip(leaves, outputs, along, strict=True):
                     if flag:
                         whole[:, :length][chosen] = x.masked_fill(_like(hidden, x), 0)
                     elif isinstance(x, torch.Tensor):
@@ -143,44 +152,52 @@ class Padded:
         assert spec is not None
         return pytree.tree_unflatten(leaves, spec)
 
-    def _prove_rows(self, args, kwargs, sizes, chosen, found, inner) -> list[bool]:
-        """Compares rows at their own length with the model itself at the batch's, once for each length; gives which
-        outputs have the sequence's dimension."""
-        length, key = inner["sequence"], ("rows", inner["sequence"])
-        if key in self._cuts:
-            return self._cuts["rows"]
-        few = chosen[:4]
-        part = pytree.tree_map_only(
-            torch.Tensor, lambda t: _taken(t, sizes, few, sizes["sequence"]), (tuple(args), dict(kwargs))
+    def _prove_rows(self, args, kwargs, sizes, rows, length: int, key: Any) -> list[bool]:
+        """Compares rows alone and at their own length with the same rows in their batch; gives which outputs have the
+        sequence's dimension. A few of the rows are compared, beside a few others."""
+        few = rows[: max(1, min(_FEW, sizes["batch"] // 2))]
+        others = torch.tensor(
+            [i for i in range(sizes["batch"]) if i not in set(few.tolist())][:_FEW], dtype=torch.int64
         )
-        with torch.no_grad():
-            wanted = pytree.tree_leaves(self._model(*part[0], **part[1]))
-        pairs = list(zip(found, wanted, strict=True))
-        if "rows" not in self._cuts:  # the first length is shorter than the batch's: what has it, has the dimension
-            self._cuts["rows"] = [
-                isinstance(w, torch.Tensor) and w.ndim > 1 and x.shape[1] == length and w.shape[1] == sizes["sequence"]
-                for x, w in pairs
-            ]
-        hidden = self._mask(*part)[:, :length] == 0
-        for i, (ours, theirs) in enumerate(pairs):
-            if not isinstance(theirs, torch.Tensor):
-                continue
-            if not theirs.ndim or theirs.shape[0] != len(few) or ours.shape[0] != len(chosen):
-                raise InputError(
-                    f"Output {i} of `{type(self._model).__name__}`, {list(theirs.shape)} of {len(few)} rows, does not hold "
-                    "them. Leave `by_row` out."
-                )
-            ours = ours[: len(few)]
-            if self._cuts["rows"][i]:
-                ours, theirs = (t.masked_fill(_like(hidden, t), 0) for t in (ours, theirs[:, :length]))
-            if ours.shape != theirs.shape:
-                raise InputError(
-                    f"Output {i} of `{type(self._model).__name__}` is {list(theirs.shape)}, and {list(ours.shape)} where rows "
-                    f"are cut to {length}: it has the sequence elsewhere than in dimension 1. Leave `by_row` out."
-                )
-            self._compare(ours, theirs, i, {"batch": len(few), "sequence": length})
-        self._cuts[key] = []
-        return self._cuts["rows"]
+        base = _take_all(args, kwargs, sizes, torch.cat([few, others]), sizes["sequence"])
+        shown = self._mask(*base) != 0
+        inputs = Inputs(self._model, *base)
+        inside = {"batch": len(shown), "sequence": sizes["sequence"]}
+
+        def compare(batch_args, batch_kwargs):
+            part = _take_all(batch_args, batch_kwargs, inside, torch.arange(len(few)), length)
+            wanted = run_copy(self._model, *_cloned(batch_args, batch_kwargs))
+            pairs = list(zip(run_copy(self._model, *_cloned(*part)).leaves, wanted.leaves, strict=True))
+            if key not in self._cuts:  # the first length is shorter than the batch's: what has it, has the dimension
+                self._cuts[key] = [_has_sequence(x, w, length, sizes["sequence"]) for x, w in pairs]
+            for i, (x, w) in enumerate(pairs):
+                if isinstance(w, torch.Tensor):
+                    hidden = ~shown[: len(few), :length] if self._cuts[key][i] else None
+                    self._compare_rows(x, w, i, hidden, inside)
+
+        compare(*inputs.own())
+        for kind, seed, drawn_args, drawn_kwargs, _ in draws(self._model, inputs):
+            for filling in DRAWS[kind]:
+                compare(*inputs.fill(drawn_args, drawn_kwargs, filling, seed, shown))
+        return self._cuts[key]
+
+    def _compare_rows(self, ours: torch.Tensor, theirs: torch.Tensor, output: int, hidden: Any, inside) -> None:
+        """Compares an output of some rows alone with that of their batch, whose first rows they are."""
+        name, count = type(self._model).__name__, inside["batch"]
+        if not theirs.ndim or theirs.shape[0] != count or not ours.ndim:
+            raise InputError(
+                f"Output {output} of `{name}`, {list(theirs.shape)} of {count} rows, does not hold them. Leave `by_row` out."
+            )
+        theirs = theirs[: len(ours)]
+        if hidden is not None:
+            theirs = theirs[:, : hidden.shape[1]]
+            ours, theirs = (t.masked_fill(_like(hidden, t), 0) for t in (ours, theirs))
+        if ours.shape != theirs.shape:
+            raise InputError(
+                f"Output {output} of `{name}` is {list(theirs.shape)}, and {list(ours.shape)} where rows are cut to their "
+                "length: it has the sequence elsewhere than in dimension 1. Leave `by_row` out."
+            )
+        self._compare(ours, theirs, f"output {output}", inside)
 
     def _with_mask(self, args, kwargs, sizes):
         """Where the model takes a mask and was given none, one that shows every position there is."""
@@ -190,29 +207,71 @@ class Padded:
         shown = torch.ones(sizes["batch"], sizes["sequence"], dtype=torch.int64)
         return args, {**kwargs, _MASK: shown}
 
-    def _prove(self, args, kwargs, padded, sizes, goal) -> list[dict[int, str]]:
-        """Compares with the model itself on the unpadded inputs; gives which dimensions of each output to cut."""
-        with torch.no_grad():
-            wanted = pytree.tree_leaves(self._model(*args, **kwargs))
-        cuts = []
-        for i, (p, w) in enumerate(zip(padded, wanted, strict=True)):
-            dims = _grown(p, w, sizes, goal, i) if isinstance(w, torch.Tensor) else {}
-            cuts.append(dims)
-            if isinstance(w, torch.Tensor):
-                self._compare(_cut(p, dims, sizes), w, i, goal)
+    def _prove(self, args, kwargs, masked, sizes, goal) -> list[dict[int, str]]:
+        """Compares padded with unpadded results of the model itself, for the caller's inputs and for drawn ones (see
+        `independence`); gives which dimensions of each output to cut.
+
+        Args:
+            args, kwargs: the caller's own.
+            masked: the same, with the mask that the padding needs.
+        """
+        inputs = Inputs(self._model, args, kwargs)
+        mask = _pad_all((), {k: v for k, v in masked[1].items() if k not in kwargs or v is not kwargs[k]}, sizes, goal)[
+            1
+        ]
+        cuts: list[dict[int, str]] = []
+
+        def compare(real: tuple[tuple, dict], filling: str, seed: int, wanted: Run):
+            filled_args, filled_kwargs = inputs.fill(*_pad_all(*real, sizes, goal), filling, seed)
+            padded = self._run_padded(*_cloned(filled_args, {**filled_kwargs, **mask}), goal)
+            self._compare_runs(padded, wanted, sizes, goal, cuts)
+
+        wanted = run_copy(self._model, *inputs.own())
+        again = run_copy(self._model, *inputs.own(), seed=1)
+        pairs = zip(wanted.leaves, again.leaves, strict=True)
+        if any(isinstance(w, torch.Tensor) and _worst(a, w) is not None for w, a in pairs):
+            raise InputError(
+                f"`{type(self._model).__name__}` draws random numbers (dropout, in training mode?), so that its outputs "
+                "cannot be compared with padded ones. Call `eval()`, or bucket no sizes."
+            )
+        compare(inputs.own(), "zeros", 0, wanted)
+        for kind, seed, drawn_args, drawn_kwargs, run in draws(self._model, inputs):
+            for filling in DRAWS[kind]:
+                compare((drawn_args, drawn_kwargs), filling, seed, run)
         return cuts
 
-    def _compare(self, got: torch.Tensor, wanted: torch.Tensor, output: int, goal: dict[str, int]) -> None:
-        exact = not wanted.is_floating_point()
-        scale = 0.0 if exact or not wanted.numel() else float(wanted.abs().nan_to_num(posinf=0, neginf=0).max())
-        loose = 2e-2 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-4
-        if exact and torch.equal(got, wanted):
+    def _run_padded(self, args, kwargs, goal) -> Run:
+        try:
+            return run_copy(self._model, args, kwargs)
+        except InputError:
+            raise
+        except Exception as error:  # what a model raises at sizes it was not written for, of any type
+            raise InputError(
+                f"`{type(self._model).__name__}` fails where its inputs are padded to {goal}: {type(error).__name__}: "
+                f"{error}\nUse other sizes, or bucket the other dimension alone."
+            ) from error
+
+    def _compare_runs(self, padded: Run, wanted: Run, sizes, goal, cuts: list[dict[int, str]]) -> None:
+        """Compares a padded run with the unpadded one; the first fills in which dimensions of each output grow."""
+        is_first = not cuts
+        for i, (p, w) in enumerate(zip(padded.leaves, wanted.leaves, strict=True)):
+            if is_first:
+                cuts.append(_grown(p, w, sizes, goal, i) if isinstance(w, torch.Tensor) else {})
+            if isinstance(w, torch.Tensor):
+                self._compare(_cut(p, cuts[i], sizes), w, f"output {i}", goal)
+        for name, w in wanted.buffers.items():
+            p = padded.buffers.get(name)
+            if p is None or p.shape != w.shape:
+                raise InputError(
+                    f"Padding to {goal} changes the shape of the buffer `{name}`, so this bucket is refused."
+                )
+            self._compare(p, w, f"the buffer `{name}`", goal)
+
+    def _compare(self, got: torch.Tensor, wanted: torch.Tensor, what: str, goal: dict[str, int]) -> None:
+        if (worst := _worst(got, wanted)) is None:
             return
-        if not exact and torch.allclose(got, wanted, rtol=loose, atol=loose * max(scale, 1e-6), equal_nan=True):
-            return
-        worst = float((got.double() - wanted.double()).abs().max())
         raise InputError(
-            f"Padding to {goal} changes output {output} of `{type(self._model).__name__}` by up to {worst:.3g}, so this "
+            f"Padding to {goal} changes {what} of `{type(self._model).__name__}` by up to {worst:.3g}, so this "
             "bucket is refused: something in the model (a mean over the sequence, say, or a missing mask) sees the "
             "padding. Pass an `attention_mask` if the model takes one, or bucket the other dimension alone."
         )
@@ -223,6 +282,56 @@ def _sizes(args, kwargs) -> dict[str, int]:
     if first is None:
         raise InputError("No tensor with dimensions was given, so there is nothing to pad.")
     return dict(zip(_KINDS, first.shape, strict=False))
+
+
+def _worst(got: torch.Tensor, wanted: torch.Tensor) -> float | None:
+    """The largest difference of two tensors; None where they are equal but for rounding."""
+    exact = not (wanted.is_floating_point() or wanted.is_complex())
+    if exact and torch.equal(got, wanted):
+        return None
+    scale = 0.0 if exact or not wanted.numel() else float(wanted.abs().nan_to_num(posinf=0, neginf=0).max())
+    loose = 2e-2 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if not exact and torch.allclose(got, wanted, rtol=loose, atol=loose * max(scale, 1e-6), equal_nan=True):
+        return None
+    wide = torch.complex128 if wanted.is_complex() else torch.float64
+    return float((got.to(wide) - wanted.to(wide)).abs().max())
+
+
+def _described(leaf: Any, sizes: dict[str, int]) -> Any:
+    """An argument's kind: a tensor's dtype, and its sizes but for those that are padded."""
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf), repr(leaf)
+    dims = [kind if size == sizes.get(kind) else size for kind, size in zip(_KINDS, leaf.shape, strict=False)]
+    return leaf.dtype, (*dims, *leaf.shape[len(_KINDS) :])
+
+
+def _modes(model: torch.nn.Module) -> Any:
+    """How a model stands: its modules, their modes, flags and hooks. A number that it counts with is not part of it."""
+    return tuple(
+        (
+            type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks),
+            tuple((k, v) for k, v in vars(module).items() if isinstance(v, _FLAGS)), vars(module).get("forward"),
+        )
+        for module in model.modules()
+    )  # fmt: skip
+
+
+def _cloned(args, kwargs) -> tuple[tuple, dict]:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, (tuple(args), dict(kwargs)))
+
+
+def _has_sequence(part: Any, whole: Any, length: int, sequence: int) -> bool:
+    """Whether dimension 1 of an output is the sequence's, where rows were cut to a length."""
+    tensors = isinstance(part, torch.Tensor) and isinstance(whole, torch.Tensor)
+    return tensors and whole.ndim > 1 and part.shape[1] == length and whole.shape[1] == sequence
+
+
+def _pad_all(args, kwargs, sizes, goal) -> tuple[tuple, dict]:
+    return pytree.tree_map_only(torch.Tensor, lambda t: _padded(t, sizes, goal), (tuple(args), dict(kwargs)))
+
+
+def _take_all(args, kwargs, sizes, rows: torch.Tensor, length: int) -> tuple[tuple, dict]:
+    return pytree.tree_map_only(torch.Tensor, lambda t: _taken(t, sizes, rows, length), (tuple(args), dict(kwargs)))
 
 
 def _taken(tensor: torch.Tensor, sizes: dict[str, int], rows: torch.Tensor, length: int) -> torch.Tensor:
