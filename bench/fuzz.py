@@ -1,6 +1,7 @@
 """Random programs with and without the passes: `python -m bench.fuzz [--count 5000] [--json FILE]`.
 
-The programs and the comparison are those of the tests (`tests/test_fuzz.py`), in f32; here are more of them.
+The programs and the comparison are those of the tests (`tests/test_fuzz.py`), in f32; here are more of them. With `--torch`
+they are PyTorch modules instead, against eager PyTorch: see `bench.fuzz_torch`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def check_some(first: int) -> dict[str, Any]:
 
 
 def main(arguments=None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "--torch" in arguments:
+        from bench import fuzz_torch
+
+        return fuzz_torch.main([a for a in arguments if a != "--torch"])
     parser = argparse.ArgumentParser(prog="bench.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument(

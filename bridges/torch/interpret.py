@@ -198,7 +198,14 @@ def _attribute(owner: Any, name: str) -> Any:
                 return tuple(inner(values, key))
 
         return branch
-    return jnp.asarray(held.detach().cpu().numpy()) if isinstance(held, torch.Tensor) else held
+    return _constant(held) if isinstance(held, torch.Tensor) else held
+
+
+def _constant(tensor: torch.Tensor) -> jax.Array:
+    """A tensor that the graph holds, of any dtype: NumPy has no bfloat16 of its own."""
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    values = dense.reshape(-1).view(torch.uint8).numpy().view(to_jax(dense.dtype))
+    return jnp.asarray(values.reshape(dense.shape))
 
 
 def _last_uses(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:

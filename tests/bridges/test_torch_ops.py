@@ -318,6 +318,20 @@ def test_products_of_segments_have_pytorchs_gradient(odd, initial):
     )
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.bool, torch.complex64, torch.uint8]
+)
+def test_a_number_written_into_a_part_is_a_constant_of_any_dtype(dtype):
+    def function(x, y):
+        y = y.clone()
+        y[..., :2] = 1
+        return x * 2, y
+
+    compiled = torch.compile(function, backend="kpx", fullgraph=True)
+    x, y = torch.ones(3), torch.zeros(2, 3, dtype=dtype)
+    torch.testing.assert_close(compiled(x, y), function(x, y), rtol=0, atol=0)
+
+
 def test_sizes_are_those_of_a_row_major_array():
     x = jnp.zeros((2, 3, 4))
     assert [RULES[aten.sym_size.int](x, d) for d in (0, -1)] == [2, 4]
