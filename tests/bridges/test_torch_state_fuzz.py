@@ -1,0 +1,54 @@
+"""Sequences of mutations and calls: after each, the optimized model is what eager PyTorch's twin is."""
+
+import pytest
+
+from tests.bridges.state import session
+from tests.bridges.state.models import KINDS
+from tests.bridges.state.registry import MUTATIONS
+
+QUICK = 25
+ALL = 300
+
+
+def test_sequences_draw_from_forty_kinds_of_mutations_over_twelve_models():
+    drawn = [session.sequence(seed) for seed in range(ALL)]
+    assert len({step.name for script in drawn for step in script.steps}) == len(MUTATIONS) >= 40
+    assert len({script.kind for script in drawn}) == len(KINDS) >= 12
+
+
+def test_a_difference_is_found_and_shrunk_to_the_step_that_makes_it(monkeypatch):
+    class Stale:
+        """Goes on with the attribute that it saw first."""
+
+        def __init__(self, model):
+            self.model, self.first = model, model.scale
+
+        def __call__(self, *args, **kwargs):
+            scale, self.model.scale = self.model.scale, self.first
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                self.model.scale = scale
+
+    monkeypatch.setitem(session.DOORS, "none", Stale)
+    steps = (session.Step("new_batch", 1), session.Step("float_attribute", 2), session.Step("keyword_arguments", 2))
+    drawn = session.Script(0, "container", "none", False, False, steps)
+    failure = session.run(drawn)
+    assert failure is not None
+    assert failure.step == 1
+    keep, smallest = session.shrink(drawn, failure)
+    assert keep == [1]
+    assert smallest.message.startswith("output: differs")
+
+
+@pytest.mark.parametrize("seed", range(QUICK))
+def test_optimized_model_follows_its_eager_twin(seed):
+    report = session.check(seed)
+    assert report is None, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(QUICK, ALL, 25))
+def test_optimized_models_follow_their_eager_twins_in_more_sequences(first):
+    reports = [session.check(seed) for seed in range(first, first + 25)]
+    assert not any(reports), "\n\n".join(filter(None, reports))
