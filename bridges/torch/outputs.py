@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import torch
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kpx.bridges.torch.registry import bound_sizes
 from kpx.bridges.torch.tensors import dense_order
@@ -38,6 +40,7 @@ class _Output:
     source: int
     steps: list[torch.fx.Node]
     order: tuple[int, ...] | None = None  # of the dimensions of a value that was computed in another order
+    view: Layout | None = None  # size, strides and offset in the memory of a value that outputs share
 
     def take(self, inputs: Sequence[Any], computed: Sequence[Any]) -> Any:
         value = inputs[self.source] if self.is_input else computed[self.source]
@@ -63,9 +66,19 @@ class Outputs:
         self._captured = [n.meta.get("val") for n in placeholders]
         self._outputs: list[_Output] = []
         self._layouts: dict[int, Layout] = {}
+        self._root_layouts: dict[int, Layout] = {}  # of computed values whose memory outputs share
+        roots = _shared_roots(module.graph, nodes[:shown])
         computed: list[Any] = []
         orders: dict[Any, tuple[int, ...] | None] = {}
         for position, node in enumerate(nodes):
+            if position < shown and (root := roots.get(node)) is not None:
+                if root not in computed:
+                    computed.append(root)
+                orders[root] = None
+                self._outputs.append(_Output(False, computed.index(root), [], view=Layout.exact(node.meta["val"])))
+                if (layout := Layout.of(root.meta["val"])) is not None:
+                    self._root_layouts[computed.index(root)] = layout
+                continue
             base, steps = _unwound(node, placeholders, position < shown) if not backward else (node, [])
             if isinstance(base, torch.fx.Node) and base in placeholders and not backward:
                 self._outputs.append(_Output(True, placeholders.index(base), steps))
@@ -79,14 +92,23 @@ class Outputs:
             if position < shown and (layout := Layout.of(value)) is not None:
                 self._layouts[position] = layout
         self.graph = _giving(module, computed, orders)
+        self._is_plain = not (self._layouts or self._root_layouts or any(o.view for o in self._outputs))
 
     def take(self, inputs: Sequence[Any], computed: Sequence[Any]) -> list[Any]:
         """The graph's outputs."""
+        if self._is_plain:
+            return [o.take(inputs, computed) for o in self._outputs]
+        sizes = bound_sizes(zip(self._captured, inputs, strict=True))
+        computed = list(computed)
+        for i, layout in self._root_layouts.items():
+            computed[i] = layout.resolve(sizes).place(computed[i])
         results = [o.take(inputs, computed) for o in self._outputs]
-        if self._layouts:
-            sizes = bound_sizes(zip(self._captured, inputs, strict=True))
-            for i, layout in self._layouts.items():
-                results[i] = layout.resolve(sizes).place(results[i])
+        for i, output in enumerate(self._outputs):
+            if output.view is not None:
+                view = output.view.resolve(sizes)
+                results[i] = results[i].as_strided(view.size, view.strides, view.offset)
+        for i, layout in self._layouts.items():
+            results[i] = layout.resolve(sizes).place(results[i])
         return results
 
 
@@ -97,6 +119,37 @@ def _shown(count: int, backward: bool) -> int:
     context = TracingContext.try_get()
     metadata = None if context is None else context.fw_metadata
     return count if metadata is None else metadata.num_forward_returns
+
+
+def _shared_roots(graph: torch.fx.Graph, outputs: list[Any]) -> dict[torch.fx.Node, torch.fx.Node]:
+    """Map outputs that share memory with each other to the node that made this memory.
+
+    Memory of an input is left out: AOTAutograd makes those views itself.
+    """
+    by_storage: dict[StorageWeakRef, set[torch.fx.Node]] = {}
+    for node in outputs:
+        if (storage := _storage(node)) is not None:
+            by_storage.setdefault(storage, set()).add(node)
+    roots: dict[torch.fx.Node, torch.fx.Node] = {}
+    seen: set[StorageWeakRef] = set()
+    for node in graph.nodes:
+        storage = _storage(node)
+        if storage is None or storage in seen:
+            continue
+        seen.add(storage)
+        nodes = by_storage.get(storage, set())
+        makes_all = node.op == "call_function" and node.target is not operator.getitem
+        if len(nodes) > 1 and makes_all and _is_zero(node.meta["val"].storage_offset()):
+            roots |= dict.fromkeys(nodes, node)
+    return roots
+
+
+def _storage(node: Any) -> StorageWeakRef | None:
+    """Return the memory of a node's captured value."""
+    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    return StorageWeakRef(value.untyped_storage())
 
 
 def _unwound(node: Any, placeholders: list[torch.fx.Node], shown: bool) -> tuple[Any, list[torch.fx.Node]]:
@@ -207,6 +260,11 @@ class Layout:
             return None
         if _is_zero(value.storage_offset()) and _is_row_major(value):
             return None
+        return cls(tuple(value.shape), tuple(value.stride()), value.storage_offset())
+
+    @classmethod
+    def exact(cls, value: torch.Tensor) -> Layout:
+        """That of a captured value, row-major or not."""
         return cls(tuple(value.shape), tuple(value.stride()), value.storage_offset())
 
     def resolve(self, sizes: dict[Any, int]) -> Layout:

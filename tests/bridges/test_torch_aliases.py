@@ -434,3 +434,30 @@ def test_view_of_an_argument_carries_its_gradient(door):
     (row.sum() * 2 + turned.sum() * 3).backward()
     assert torch.equal(x.grad[1], torch.full((4,), 2.0))
     assert torch.equal(model.weight.grad, torch.full((3, 4), 3.0))
+
+
+def test_parts_of_one_result_lie_in_its_memory(door):
+    def function(model, x):
+        first, second = (x * 2).T.relu().chunk(2)
+        return first, second
+
+    _, x, (first, second) = _call_twice(door, function)
+    assert torch.equal(torch.cat([first, second]), (x * 2).T)
+    assert first.stride() == (1, 4)
+    assert second.data_ptr() - first.data_ptr() == 2 * 4
+
+
+def test_results_that_share_memory_have_their_gradients(door):
+    def function(model, x):
+        y = x * model.weight
+        return y, y[0], y.T
+
+    model = Returns(function)
+    optimized = door(model)
+    for _ in range(2):
+        model.weight.grad = None
+        whole, row, turned = optimized(_numbers(3, 4))
+        assert row.data_ptr() == turned.data_ptr() == whole.data_ptr()
+        (whole.sum() + row.sum() * 2 + turned.sum() * 3).backward()
+    factor = torch.tensor([[6.0], [4.0], [4.0]])
+    assert torch.equal(model.weight.grad, _numbers(3, 4) * factor)
