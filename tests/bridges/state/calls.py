@@ -118,10 +118,9 @@ def copied(model):
 
 
 def adopt(side: Side, call) -> None:
-    """Make a copy of what is called the side's own."""
-    is_wrapper = side.call is not side.model
+    """Make a copy of what is called the side's own; a wrapper's copy stands for the model too."""
     side.call = call
-    side.model = call._model if is_wrapper and hasattr(call, "_model") else getattr(call, "_orig_mod", call)
+    side.model = getattr(call, "_orig_mod", call)
     side.optimizer = None
     side.handles.clear()
 

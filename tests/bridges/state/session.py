@@ -90,7 +90,7 @@ def sequence(seed: int, door: str | None = None, kind: str | None = None) -> Scr
     drawn_kind, drawn_door = rng.choice(sorted(KINDS)), rng.choice(_DRAWN)
     grad, training = rng.random() < 0.4, rng.random() < 0.4
     names = sorted(MUTATIONS)
-    steps = tuple(Step(rng.choice(names), rng.randrange(2**31)) for _ in range(rng.randint(6, 12)))
+    steps = tuple(Step(rng.choice(names), rng.randrange(2**31)) for _ in range(rng.randint(4, 8)))
     return Script(seed, kind or drawn_kind, door or drawn_door, grad, training, steps)
 
 
