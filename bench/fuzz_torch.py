@@ -59,7 +59,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--seed", type=int, default=FIRST, help="the first seed")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--without", metavar="KINDS", help="kinds of steps to leave out, with commas between ('' for none)")
+    parser.add_argument(
+        "--without", metavar="KINDS", help="kinds of steps to leave out, with commas between ('' for none)"
+    )
     parser.add_argument("--log", metavar="FILE", help="outcomes, a line each; those that it holds are not run again")
     options = parser.parse_args(arguments)
     without = NOT_YET if options.without is None else tuple(filter(None, options.without.split(",")))

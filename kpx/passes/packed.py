@@ -271,7 +271,9 @@ def factor_into_packed(op):
     return None
 
 
-@rewrite(*ROOTS, exact=False, bound="the activation itself, but for the rounding of its constants", lacks=onednn.missing)
+@rewrite(
+    *ROOTS, exact=False, bound="the activation itself, but for the rounding of its constants", lacks=onednn.missing
+)
 def activation_into_packed(op):
     """An activation, however it is spelled, is computed by the call that computes its operand.
 
