@@ -113,6 +113,7 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
                 raise UnsupportedError(f"{message} Move the model and its inputs: `.cpu()`.")
             warnings.warn(f"{message} Eager PyTorch runs this part.", GraphBreakWarning, stacklevel=2)
             return graph
+    settings.captures += 1
     settings.writes_state = settings.writes_state or internals.writes_python_state()
     with tangent_layouts(graph):
         compiled = aot_autograd(**compilers(settings))(graph, example_inputs)

@@ -20,8 +20,8 @@ from kpx.errors import CaptureError, GraphBreakWarning, KpxError, RecompileWarni
 from kpx.runtime import fork
 from kpx.runtime.memory import give_back_freed
 
-_MOST_RECOMPILES = 64  # of one frame, before Dynamo runs what is new in eager PyTorch
-_QUIET_RECOMPILES = 8
+_MOST_CAPTURES = 64  # of one frame, before Dynamo runs what is new in eager PyTorch
+_QUIET_CAPTURES = 8
 
 
 def _call(self, args, kwargs):
@@ -54,7 +54,7 @@ class Engine:
         self._frame = internals.own_code({"call": _call, "call_impl": _call_impl, "forward": _forward}[frame])
         self._dynamic = dynamic
         self._compiled: Any = None
-        self._recompiles = 0
+        self._reason: str | None = None  # why the last capture was not the first
         self._history = settings.history or ShapeHistory(settings.label.strip("`"))
         self._lock = threading.RLock()  # for models that write their own state
 
@@ -93,11 +93,11 @@ class Engine:
 
         def recompiled(reason: str) -> None:
             if (engine := own()) is not None:
-                engine._note_recompile(reason)
+                engine._reason = reason
 
         context = internals.dynamo_context(
             functools.partial(compile_with, settings=self.settings),
-            fullgraph=self.settings.fullgraph, dynamic=self._dynamic, recompile_limit=_MOST_RECOMPILES,
+            fullgraph=self.settings.fullgraph, dynamic=self._dynamic, recompile_limit=_MOST_CAPTURES,
             on_recompile=recompiled,
         )  # fmt: skip
         self._compiled = context(self._frame)
@@ -105,7 +105,10 @@ class Engine:
         self._breaks = internals.graph_breaks()
 
     def _guarded(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        breaks, runs, compilations = len(self._breaks), self.settings.runs, self.settings.compilations
+        settings = self.settings
+        breaks, runs, compilations, captures = (
+            len(self._breaks), settings.runs, settings.compilations, settings.captures
+        )  # fmt: skip
         try:
             result = self._compiled(self.model, args, kwargs)
         except self._capture_errors as error:
@@ -121,27 +124,28 @@ class Engine:
             warnings.warn(_failed(self.settings.label, error), GraphBreakWarning, stacklevel=3)
         if len(self._breaks) > breaks:
             warnings.warn(_broken(self.settings.label, self._breaks[breaks:]), GraphBreakWarning, stacklevel=3)
-        if self.settings.compilations != compilations:
+        if settings.captures != captures:
+            self._note_capture(settings.captures)
+        if settings.compilations != compilations:
             leaves = pytree.tree_leaves((args, kwargs))
             self._history.note([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)])
             give_back_freed()
         return result
 
-    def _note_recompile(self, reason: str) -> None:
-        self._recompiles += 1
-        if self._recompiles in (_QUIET_RECOMPILES, _MOST_RECOMPILES - 1):
-            last = self._recompiles > _QUIET_RECOMPILES
-            warnings.warn(
-                f"{self.settings.label} was captured {self._recompiles + 1} times, because of what changes between calls. "
-                f"The last change: {reason.strip()}. "
-                + (
-                    "What changes from now on runs in eager PyTorch."
-                    if last
-                    else "Keep it the same, or make it a tensor."
-                ),
-                RecompileWarning,
-                stacklevel=3,
-            )
+    def _note_capture(self, captures: int) -> None:
+        """Warn of a model that is captured again and again, and say what changed last."""
+        if self._reason is None:
+            return
+        last = captures >= _MOST_CAPTURES - 1
+        if captures % _QUIET_CAPTURES and not last:
+            return
+        warnings.warn(
+            f"{self.settings.label} was captured {captures} times, because of what changes between calls. The last change: "
+            f"{self._reason.strip()}. "
+            + ("What changes from now on runs in eager PyTorch." if last else "Keep it the same, or make it a tensor."),
+            RecompileWarning,
+            stacklevel=4,
+        )
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ class Settings:
         is_frozen: weights are taken as they were when they were read.
         writes_state: a graph writes parameters, buffers or Python state of the model.
         history: notes the shapes of a model's calls; None where each graph notes its own.
+        captures: how often Dynamo captured a graph.
         compilations: how often a graph was compiled for sizes.
         runs: how often a graph was called.
     """
@@ -60,6 +61,7 @@ class Settings:
     label: str = "the graph of torch.compile"
     graphs: weakref.WeakSet = field(default_factory=weakref.WeakSet)
     history: ShapeHistory | None = None
+    captures: int = 0
     compilations: int = 0
     is_frozen: bool = False
     writes_state: bool = False
