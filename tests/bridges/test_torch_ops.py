@@ -242,6 +242,44 @@ def test_a_random_op_draws_around_its_mean(op):
     assert abs(first.mean() - mean) < 0.12 * max(1.0, first.std())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize(("count", "replacement"), [(4000, True), (1, False), (1, True), (3, False)])
+def test_multinomial_draws_as_often_as_the_weights_say(dtype, count, replacement):
+    weights = torch.tensor([[0.0, 3.0, 1.0, 0.0, 4.0], [1.0, 0.0, 0.0, 2.0, 1.0]], dtype=dtype)
+
+    class Draw(torch.nn.Module):
+        def forward(self, p):
+            return torch.multinomial(p, count, replacement)
+
+    rows = 1 if count > 100 else 4000
+    p = weights.repeat(rows, 1)
+    torch.manual_seed(0)
+    drawn = kpx.optimize(Draw())(p).reshape(rows, 2, count)
+    assert drawn.dtype == torch.int64
+    expected = weights.double() / weights.double().sum(-1, keepdim=True)
+    for row in range(2):
+        first = drawn[:, row].flatten() if replacement else drawn[:, row, 0]
+        found = torch.bincount(first, minlength=5) / first.numel()
+        torch.testing.assert_close(found.double(), expected[row], rtol=0, atol=0.04)
+        assert (found[weights[row] == 0] == 0).all()
+        if count == 3:  # all three that have a weight, each once
+            assert (drawn[:, row].sort(-1).values == weights[row].nonzero().flatten()).all()
+
+
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [1.0, -1.0], [float("nan"), 1.0], [float("inf"), 1.0]], ids=str)
+def test_multinomial_refuses_what_are_no_weights(bad):
+    class Draw(torch.nn.Module):
+        def forward(self, p):
+            return torch.multinomial(p, 1)
+
+    weights = torch.tensor(bad)
+    with pytest.raises(RuntimeError) as expected:
+        Draw()(weights)
+    with pytest.raises(RuntimeError, match="sum of probabilities <= 0" if not sum(bad) and bad[0] == 0 else "probability tensor"):
+        kpx.optimize(Draw())(weights)
+    assert "probab" in str(expected.value)
+
+
 def _only_draws(name):
     op = opinfo_check._database()[name]
     samples = opinfo_check.samples_of(op, torch.float32, 2, gradients=True)

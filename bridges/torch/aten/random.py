@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import is_complex, is_float
 from kpx.bridges.torch.aten.nn import scaled_dot_product_attention as _attention
 from kpx.bridges.torch.dtypes import to_jax
@@ -175,13 +176,35 @@ def bernoulli_tensor(x, p, *, generator=None, key):
 
 @lowers(aten.multinomial.default, random=True)
 def multinomial(p, num_samples, replacement=False, *, generator=None, key):
-    logits = jnp.log(p.astype(jnp.float32))
-    if replacement:
-        shape = (num_samples, *p.shape[:-1])
-        return jnp.moveaxis(jax.random.categorical(key, logits, shape=shape), 0, -1).astype(jnp.int64)
-    # The largest of Gumbel-perturbed logits are a sample without replacement (arXiv 1903.06059).
-    perturbed = logits + jax.random.gumbel(key, p.shape, jnp.float32)
-    return jax.lax.top_k(perturbed, num_samples)[1].astype(jnp.int64)
+    """Indices drawn with the given weights: by inverting their cumulative sum, or as the winners of a race.
+
+    Without replacement the largest of `p / E`, `E` exponential, are a sample (arXiv 1903.06059, there on a log scale).
+    """
+    p = p if p.dtype == jnp.float64 else p.astype(jnp.float32)
+    valid = jnp.all((p >= 0) & (p < jnp.inf))
+    checks.holds(valid, "probability tensor contains either `inf`, `nan` or element < 0", "RuntimeError")
+    message = "invalid multinomial distribution (sum of probabilities <= 0)"
+    checks.holds(~valid | jnp.all(jnp.sum(p, -1) > 0), message, "RuntimeError")
+    if replacement or num_samples == 1:
+        drawn = jax.random.uniform(key, (*p.shape[:-1], num_samples), p.dtype)
+        return _inverted(jnp.cumsum(p, -1), drawn)
+    # -log(1 - u) is positive: u is below 1, and above 0 by the smallest normal number at least.
+    tiny = jnp.finfo(p.dtype).tiny
+    race = p / -jnp.log1p(-jax.random.uniform(key, p.shape, p.dtype, minval=tiny))
+    return jax.lax.top_k(race, num_samples)[1].astype(jnp.int64)
+
+
+def _inverted(cumulative, drawn):
+    """The first index whose cumulative weight exceeds the number drawn, `[0, 1)` of the total."""
+    total = cumulative[..., -1:]
+    point = jnp.minimum(drawn * total, jnp.nextafter(total, jnp.zeros_like(total)))
+
+    def search(row, points):
+        return jnp.searchsorted(row, points, side="right")
+
+    for _ in range(cumulative.ndim - 1):
+        search = jax.vmap(search)
+    return search(cumulative, point).astype(jnp.int64)
 
 
 @lowers(aten.poisson.default, random=True)
