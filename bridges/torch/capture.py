@@ -13,7 +13,7 @@ import torch
 from torch._decomp import decomposition_table
 
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
-from kpx.bridges.torch.decompose import decompose_apart
+from kpx.bridges.torch.decompose import OWN, decompose_apart
 from kpx.bridges.torch.interpret import is_known
 from kpx.bridges.torch.registry import RULES
 from kpx.errors import CaptureError
@@ -66,6 +66,7 @@ def _decompositions() -> dict:
     for op, decomposition in decomposition_table.items():
         if op not in _NOT_DECOMPOSED and isinstance(op, torch._ops.OpOverload) and op not in table:
             table[op] = decomposition
+    table.update(OWN)
     for op in RULES:
         if isinstance(op, torch._ops.OpOverload):
             table.pop(op, None)

@@ -16,6 +16,15 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+
+def _threshold_backward(grad: torch.Tensor, x: torch.Tensor, threshold: float) -> torch.Tensor:
+    dtype = torch.result_type(grad, x)
+    return torch.where(x <= threshold, 0, grad).to(dtype)
+
+
+# Decompositions in place of PyTorch's own, which give another dtype than the op.
+OWN: dict[Any, Callable] = {torch.ops.aten.threshold_backward.default: _threshold_backward}
+
 _ALIASES = {torch.ops.aten.detach_.default: torch.ops.aten.detach.default}  # writes nothing
 
 _COMPUTES = {  # composite ops that give an array of their own

@@ -20,6 +20,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kpx.bridges.torch import internals, joint
+from kpx.bridges.torch.decompose import OWN
 from kpx.bridges.torch.graphs import CompiledGraph, Settings, boxed, written_inputs
 from kpx.bridges.torch.outputs import tangent_layouts
 from kpx.bridges.torch.registry import RULES
@@ -32,7 +33,7 @@ from kpx.jax_internals import compute_in_callers_thread
 @functools.cache
 def decompositions() -> dict:
     """PyTorch's decompositions, less the ops that have a rule."""
-    table = {**decomposition_table, **core_aten_decompositions()}
+    table = {**decomposition_table, **core_aten_decompositions(), **OWN}
     # Constants are lifted before they are fake: decomposed, those ops would meet real tensors.
     kept = {*RULES, torch.ops.aten.lift.default, torch.ops.aten.lift_fresh.default}
     return {op: f for op, f in table.items() if op not in kept}

@@ -137,3 +137,18 @@ def test_equal_ops_are_traced_once(monkeypatch):
 
     assert decompose_apart(_program(many), capture._decompositions(), is_known)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.int64, torch.float32), (torch.float32, torch.int64), (torch.float32, torch.float64)]
+)
+def test_gradients_of_thresholds_are_promoted_as_by_the_op(dtypes):
+    class Backward(torch.nn.Module):
+        def forward(self, grad, x):
+            return torch.ops.aten.threshold_backward(grad, x, 0.5)
+
+    grad, x = (torch.tensor([3, 1, 2]).to(d) for d in dtypes)
+    expected = Backward()(grad, x / 2)
+    torch.testing.assert_close(kpx.optimize(Backward())(grad, x / 2), expected)
+    compiled = kpx.compile(Backward(), (grad, x / 2))
+    torch.testing.assert_close(compiled(grad, x / 2), expected)

@@ -275,7 +275,9 @@ def test_multinomial_refuses_what_are_no_weights(bad):
     weights = torch.tensor(bad)
     with pytest.raises(RuntimeError) as expected:
         Draw()(weights)
-    with pytest.raises(RuntimeError, match="sum of probabilities <= 0" if not sum(bad) and bad[0] == 0 else "probability tensor"):
+    with pytest.raises(
+        RuntimeError, match="sum of probabilities <= 0" if not sum(bad) and bad[0] == 0 else "probability tensor"
+    ):
         kpx.optimize(Draw())(weights)
     assert "probab" in str(expected.value)
 

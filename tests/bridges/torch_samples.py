@@ -101,6 +101,10 @@ MORE = {
     **{getattr(aten, f"bitwise_{s}_shift").Tensor: [(SMALL, SHIFTS), (N, N.int())] for s in ("left", "right")},
     **{getattr(aten, f"bitwise_{s}_shift").Tensor_Scalar: [(SMALL, 2), (N, -1)] for s in ("left", "right")},
     **{getattr(aten, f"bitwise_{s}_shift").Scalar_Tensor: [(-5, SHIFTS), (7, N)] for s in ("left", "right")},
+    aten._trilinear.default: [
+        (IMAGE[0], IMAGE[0], IMAGE[0], *([d] for d in expanded), [summed], unrolled)
+        for expanded, summed, unrolled in (((0, 0, 1), 1, 2), ((0, 0, 0), 2, 0), ((3, 3, 3), 3, 3), ((3, 3, 3), 3, 0))
+    ],
     aten._convolution.default: [
         (IMAGE, _t(6, 4, 3, 3), _t(6), [2, 1], [1, 1], [1, 1], False, [0, 0], 1, False, False, True, True),
         (IMAGE, _t(4, 3, 3, 3), None, [2, 2], [1, 1], [1, 1], True, [1, 0], 1, False, False, True, True),

@@ -65,7 +65,14 @@ def int_mm(x, y):
 @lowers(aten._trilinear.default)
 def trilinear(x, y, z, expand1, expand2, expand3, sumdim, unroll_dim=1):
     x, y, z = (jnp.expand_dims(a, tuple(e)) for a, e in ((x, expand1), (y, expand2), (z, expand3)))
-    return jnp.sum(x * y * z, tuple(sumdim))
+    product = x * y * z
+    # A dimension that no operand has is of size 0 to PyTorch, and its loop over `unroll_dim` then runs no time.
+    for dim in {*expand1} & {*expand2} & {*expand3}:
+        if dim not in sumdim:
+            product = jax.lax.slice_in_dim(product, 0, 0, axis=dim)
+        elif dim == unroll_dim:
+            product = jnp.zeros_like(product)
+    return jnp.sum(product, tuple(sumdim))
 
 
 # Distances -------------------------------------------------------------------------------------
