@@ -150,5 +150,5 @@ def test_gradients_of_thresholds_are_promoted_as_by_the_op(dtypes):
     grad, x = (torch.tensor([3, 1, 2]).to(d) for d in dtypes)
     expected = Backward()(grad, x / 2)
     torch.testing.assert_close(kpx.optimize(Backward())(grad, x / 2), expected)
-    compiled = kpx.compile(Backward(), (grad, x / 2))
+    compiled = kpx.compile(Backward(), grad, x / 2)
     torch.testing.assert_close(compiled(grad, x / 2), expected)
