@@ -16,6 +16,7 @@ from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch.decompose import OWN, decompose_apart
 from kpx.bridges.torch.interpret import is_known
 from kpx.bridges.torch.registry import RULES
+from kpx.bridges.torch.writes import correct_writes, refusal
 from kpx.errors import CaptureError
 
 # Decompositions that would write again what a rule or PyTorch says better.
@@ -42,6 +43,8 @@ def capture(
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
             return decomposed(program)
     except Exception as error:  # torch.export raises dozens of types, RuntimeError among them
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         raise CaptureError(_explained(model, error)) from error
 
 
@@ -57,6 +60,8 @@ def _lazy_code() -> contextlib.AbstractContextManager:
 def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """An exported program without in-place ops, and with rules for as many of its ops as there are."""
     table = _decompositions()
+    for former, name in correct_writes(program.graph_module).items():
+        program.graph_signature.replace_all_uses(former, name)
     return program if decompose_apart(program, table, is_known) else program.run_decompositions(table)
 
 

@@ -24,6 +24,7 @@ from kpx.bridges.torch.decompose import OWN
 from kpx.bridges.torch.graphs import CompiledGraph, Settings, boxed, written_inputs
 from kpx.bridges.torch.outputs import tangent_layouts
 from kpx.bridges.torch.registry import RULES
+from kpx.bridges.torch.writes import correct_writes, refusal
 from kpx.config import Config, resolve
 from kpx.errors import GraphBreakWarning, InputError, UnsupportedError
 from kpx.hardware.target import Target
@@ -104,8 +105,10 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
 
     Where a tensor is not on the CPU, PyTorch itself runs the graph, with a warning.
 
+    Where a write cannot be made functional, too.
+
     Raises:
-        UnsupportedError: a tensor is not on the CPU, and `settings.fullgraph` is set.
+        UnsupportedError: one of these, and `settings.fullgraph` is set.
     """
     for tensor in example_inputs:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
@@ -116,8 +119,17 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
             return graph
     settings.captures += 1
     settings.writes_state = settings.writes_state or internals.writes_python_state()
-    with tangent_layouts(graph):
-        compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
+    correct_writes(graph)
+    try:
+        with tangent_layouts(graph):
+            compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
+    except RuntimeError as error:
+        if (refused := refusal(error)) is None:
+            raise
+        if settings.fullgraph:
+            raise refused from error
+        warnings.warn(f"{settings.label}: {refused}\nEager PyTorch runs this part.", GraphBreakWarning, stacklevel=2)
+        return graph
     return _on_aliases(compiled, graph, written_inputs(), example_inputs)
 
 
