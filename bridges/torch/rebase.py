@@ -49,7 +49,7 @@ def _rebase(node: torch.fx.Node) -> None:
 
 
 def _tensor(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    value: Any = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
     return value if isinstance(value, torch.Tensor) and value.layout is torch.strided else None
 
 

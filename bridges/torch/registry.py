@@ -52,13 +52,19 @@ def memory_layout(position: int, shape: Sequence[int]) -> tuple[int, tuple[int, 
         UnsupportedError: a stride is not known in terms of the graph's sizes.
     """
     node = CURRENT.get()
-    operand = node.args[position] if node is not None else None
-    value = operand.meta.get("val") if isinstance(operand, torch.fx.Node) else None
-    if value is None and isinstance(operand, torch.fx.Node) and operand.op == "get_attr":
-        value = operator.attrgetter(str(operand.target))(operand.graph.owning_module)
+    value = None if node is None else _captured(node.args[position])
     if not isinstance(value, torch.Tensor):
         return 0, tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     return _size(value.storage_offset()), tuple(map(_size, value.stride()))
+
+
+def _captured(operand: Any) -> Any:
+    """The tensor that stood for an operand at capture, or a constant itself."""
+    if not isinstance(operand, torch.fx.Node):
+        return None
+    if operand.op == "get_attr" and "val" not in operand.meta:
+        return operator.attrgetter(str(operand.target))(operand.graph.owning_module)
+    return operand.meta.get("val")
 
 
 def bound_sizes(values: Iterable[tuple[Any, Any]]) -> dict[Any, int]:

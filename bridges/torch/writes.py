@@ -66,7 +66,7 @@ def refusal(error: Exception) -> UnsupportedError | None:
 def _value(node: Any) -> torch.Tensor | None:
     """The tensor that stood for a node at capture."""
     meta = node.meta if isinstance(node, torch.fx.Node) else {}
-    value = meta.get("example_value", meta.get("val"))
+    value: Any = meta.get("example_value", meta.get("val"))
     return value if isinstance(value, torch.Tensor) and value.layout is torch.strided else None
 
 
@@ -126,7 +126,8 @@ def _by_diagonal(node: torch.fx.Node) -> dict[str, str]:
 
 def _windows_under(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """The `unfold`s that a node is a view of, so that writing it writes through them."""
-    storage, above = _storage(node), node
+    storage = _storage(node)
+    above: Any = node
     while isinstance(above, torch.fx.Node) and (_value(above) is None or _storage(above) == storage):
         if above.target in _UNFOLDS:
             yield above
