@@ -13,6 +13,7 @@ import numpy as np
 
 from kpx.kernels.attention import attention_kernel
 from kpx.kernels.patterns import builtin
+from kpx.kernels.visible import shown
 
 # Products of queries and keys, and of weights and values, by the place of the heads.
 _LAYOUTS: dict[str, tuple[Callable, Callable]] = {
@@ -109,6 +110,24 @@ def _for_all(mask, by_batch: bool):
     return mask[:, None, None] if by_batch else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
+def _as_written(out, mask, low: float, visible: str):
+    """Attention's result as a softmax that is written out has it: NaN, not zeros, where every score of a row is -inf.
+
+    Args:
+        out: `[batch, heads, length, size]`, of the kernel.
+        mask: of bools, or added.
+        low: the score of what bools hide; a finite one hides nothing from a softmax.
+        visible: what is known of the mask (see `visible.describe`).
+    """
+    if mask.dtype == bool and low > -np.inf:
+        return out
+    if visible and shown(visible, (out.shape[-2], mask.shape[-1])).any(-1).all():
+        return out
+    seen = jnp.any(mask if mask.dtype == bool else mask > -np.inf, -1, keepdims=True)
+    # A product: the gradient is NaN where the one that is written out is.
+    return out * jnp.where(seen, np.asarray(1, out.dtype), np.asarray(np.nan, out.dtype))
+
+
 def _replacement(layout: str, scaled: str, masked: str, by_batch: bool = False) -> Callable:
     def replace(q, k, v, *mask, scale=1.0, low=-np.inf, visible=""):
         arrays = [jnp.swapaxes(a, 1, 2) for a in (q, k, v)] if layout == "heads_third" else [q, k, v]
@@ -116,6 +135,7 @@ def _replacement(layout: str, scaled: str, masked: str, by_batch: bool = False) 
         further = _known(visible) | ({"low": low} if mask and mask[0].dtype == bool else {})
         masks = [_for_all(a, by_batch) for a in mask]
         out = attention_kernel(*arrays, *masks, scale=factor, causal=masked == "causal", **further)
+        out = _as_written(out, masks[0], low, visible) if masks else out
         return jnp.swapaxes(out, 1, 2) if layout == "heads_third" else out
 
     return replace
@@ -235,7 +255,8 @@ def _eager_kernel(scaled: str) -> Callable:
     def replace(q, k, v, mask, *, scale=1.0, softcap=0.0, visible=""):
         factor = 1 / scale if scaled == "divided" else scale
         further = _known(visible) | ({"softcap": softcap} if softcap else {})
-        return attention_kernel(q, k, v, mask, scale=factor, causal=False, **further)
+        out = attention_kernel(q, k, v, mask, scale=factor, causal=False, **further)
+        return _as_written(out, mask, -np.inf, visible)
 
     return replace
 

@@ -14,6 +14,13 @@ def _statistics_dtype(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def shifted(x, axes):
+    """Return an array less its first element along axes, if it has any: of the same variance, without the rounding of sums
+    and means that are large beside the deviations (Chan, Golub and LeVeque 1983, section 3)."""
+    first = jax.lax.slice(x, (0,) * x.ndim, [min(n, 1) if d in axes else n for d, n in enumerate(x.shape)])
+    return x - first if all(x.shape[d] for d in axes) else x
+
+
 @kernel("kpx.layer_norm", version=1)
 def _layer_norm(x, *parameters, axes, eps, affine):
     dtype = _statistics_dtype(x.dtype)

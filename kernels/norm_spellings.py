@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpx.kernels.norm import LARGEST, carried_kernel, fused_norm_kernel, norm_kernel
+from kpx.kernels.norm import LARGEST, carried_kernel, fused_norm_kernel, norm_kernel, shifted
 from kpx.kernels.patterns import builtin
 
 
@@ -67,6 +67,15 @@ def _layer_by_var(x):
     return x - jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
 
 
+def _layer_by_shifted_var(x):
+    """PyTorch's `x.var`, as its rule lowers it."""
+    x = _wide(x)
+    deviations = shifted(x, (x.ndim - 1,))
+    deviations = deviations - jnp.mean(deviations, -1, keepdims=True)
+    total = jnp.sum(jnp.square(jnp.abs(deviations)), -1, keepdims=True)
+    return x - jnp.mean(x, -1, keepdims=True), total / np.asarray(x.shape[-1], x.dtype)
+
+
 def _layer_by_squares(x):
     """Flax's fast variance."""
     x = _wide(x)
@@ -112,6 +121,7 @@ _SPELLINGS: dict[str, tuple[list[Callable], list[Callable]]] = {
             *(_spelling(_layer(jnp.square), *end) for end in _ENDS),
             _spelling(_layer_by_squares, _joined, _by_rsqrt),
             *(_spelling(_layer_by_var, *end) for end in _ENDS[:2]),
+            *(_spelling(_layer_by_shifted_var, *end) for end in _ENDS[:2]),
         ],
         [_spelling(_layer(lambda x: x * x), *end) for end in _ENDS],
     ),

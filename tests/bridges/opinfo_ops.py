@@ -101,6 +101,9 @@ OPINFO = {
     "nn.functional.avg_pool3d": ["aten.avg_pool3d.default", "aten.avg_pool3d_backward.default"],
     "nn.functional.bilinear": ["aten._trilinear.default"],
     "nn.functional.conv1d": ["aten.convolution.default", "aten.convolution_backward.default"],
+    "nn.functional.binary_cross_entropy": ["aten.binary_cross_entropy.default"],
+    "nn.functional.multilabel_margin_loss": ["aten.multilabel_margin_loss_forward.default"],
+    "nn.functional.one_hot": ["aten.one_hot.default"],
     "nn.functional.embedding": ["aten.embedding_dense_backward.default", "aten.embedding_renorm.default"],
     "nn.functional.embedding_bag": [
         "aten._embedding_bag.default",

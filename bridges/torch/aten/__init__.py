@@ -11,6 +11,7 @@ from kpx.bridges.torch.aten import (  # noqa: F401
     indexing,
     interpolate,
     linalg,
+    losses,
     nn,
     pooling,
     prims,

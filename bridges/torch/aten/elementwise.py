@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from kpx.bridges.torch.aten.common import is_float
 from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, promote_to_float, result_type, to_jax
 from kpx.bridges.torch.registry import lowers
@@ -62,13 +63,17 @@ def div_mode(x, y, *, rounding_mode=None):
         return div(x, y)
     x, y = promote(x, y)
     if rounding_mode == "floor":
-        return jnp.floor_divide(x, y)
+        return floor_divide(x, y)
     return jax.lax.div(*jnp.broadcast_arrays(x, y)) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.trunc(x / y)
 
 
 @lowers(aten.floor_divide.default)
 def floor_divide(x, y):
-    return jnp.floor_divide(*promote(x, y))
+    x, y = promote(x, y)
+    quotient = jnp.floor_divide(x, y)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return quotient
+    return jnp.where(quotient == 0, jnp.copysign(jnp.zeros((), x.dtype), x / y), quotient)
 
 
 @lowers(aten.remainder.Tensor, aten.remainder.Scalar)
@@ -234,10 +239,16 @@ for _name, _function in {
 
     lowers(getattr(aten, _name).default)(_float_unary)
 
+
+def sign(x):
+    """0.0 for NaN and for -0.0, as PyTorch has it."""
+    return jnp.where(jnp.isnan(x) | (x == 0), jnp.zeros((), x.dtype), jnp.sign(x)) if is_float(x) else jnp.sign(x)
+
+
 # The dtype stays.
 for _name, _function in {
     "neg": jnp.negative, "abs": jnp.abs, "relu": jax.nn.relu,
-    "sign": lambda x: x if x.dtype == jnp.bool_ else jnp.sign(x),
+    "sign": lambda x: x if x.dtype == jnp.bool_ else sign(x),
 }.items():  # fmt: skip
 
     def _unary(x, _function=_function):

@@ -1,10 +1,11 @@
-"""ATen's resampling: interpolation as products with small matrices, and sampling at a grid of points."""
+"""ATen's resampling: interpolation by gathers and weights, and sampling at a grid of points."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,88 +42,166 @@ _KERNELS: dict[str, tuple[int, Callable]] = {
 }
 
 
-def _antialiased(size, out, align_corners, factor, kind):
+@dataclass(frozen=True)
+class _Taps:
+    """Which inputs each output reads along one dimension, and by which weights.
+
+    Attributes:
+        places: `[out, k]` input positions.
+        weights: `[out, k]`, or None for a copy.
+        valid: `[out, k]`; where False, there is no such tap.
+    """
+
+    places: np.ndarray
+    weights: np.ndarray | None
+    valid: np.ndarray
+
+    def transposed(self, size: int) -> _Taps:
+        """Return the taps of the gradient: which outputs each of `size` inputs went to."""
+        outputs, _ = np.nonzero(self.valid)
+        weights = np.ones(self.places.shape) if self.weights is None else self.weights
+        inputs, weights = self.places[self.valid], weights[self.valid]
+        order = np.argsort(inputs, kind="stable")
+        counts = np.bincount(inputs, minlength=size)
+        slots = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        shape = (size, max(int(counts.max(initial=0)), 1))
+        found = _Taps(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, bool))
+        at = inputs[order], slots
+        found.places[at], found.weights[at], found.valid[at] = outputs[order], weights[order], True
+        return found
+
+
+def _copies(places) -> _Taps:
+    return _Taps(places[:, None], None, np.ones((len(places), 1), bool))
+
+
+def _antialiased(size, out, align_corners, factor, kind) -> _Taps:
     """Each output weighs all inputs under its kernel, widened where the image shrinks."""
+    if size == out:  # PyTorch leaves such a dimension alone
+        return _copies(np.arange(out))
     scale = _scale(size, out, align_corners, factor)
     support, kernel = _KERNELS[kind]
     wide = max(scale, 1.0)
-    matrix = np.zeros((out, size))
-    for i in range(out):
-        centre = scale * (i + 0.5)
-        low = max(int(centre - support * wide + 0.5), 0)
-        high = min(int(centre + support * wide + 0.5), size)
-        weights = kernel((np.arange(low, high) - centre + 0.5) / wide)
-        total = weights.sum()
-        matrix[i, low:high] = weights / total if total else weights
-    return matrix
+    centres = scale * (np.arange(out) + 0.5)
+    low = np.maximum((centres - support * wide + 0.5).astype(np.int64), 0)
+    high = np.minimum((centres + support * wide + 0.5).astype(np.int64), size)
+    steps = np.arange(max(int((high - low).max(initial=1)), 1))
+    places = low[:, None] + steps
+    valid = places < high[:, None]
+    weights = np.where(valid, kernel((places - centres[:, None] + 0.5) / wide), 0.0)
+    total = weights.sum(1, keepdims=True)
+    return _Taps(np.minimum(places, size - 1), weights / np.where(total == 0, 1.0, total), valid)
 
 
-def _matrix(size, out, align_corners, factor, kind) -> np.ndarray:
-    """`[out, size]`: how much of each input an output has along one dimension."""
+def _nearest(size, out, factor, exact: bool, halves: bool) -> _Taps:
+    """`halves`: PyTorch's 2-d kernel copies an equal size, and repeats for a double one, whatever the scale."""
+    i = np.arange(out)
+    if halves and not exact and out in (size, 2 * size):
+        return _copies(i * size // out)
+    scale = np.float32(_scale(size, out, False, factor))
+    source = np.floor(((i + (0.5 if exact else 0.0)) * scale).astype(np.float32)).astype(np.int64)
+    return _copies(np.minimum(source, size - 1))
+
+
+def _taps(size, out, align_corners, factor, kind) -> _Taps:
+    if kind == "linear" and size == out:  # whatever the scale; PyTorch multiplies by 1, and adds 0 times the same
+        same = np.repeat(np.arange(out)[:, None], 2, 1)
+        return _Taps(same, np.tile([1.0, 0.0], (out, 1)), np.ones(same.shape, bool))
     scale = _scale(size, out, align_corners, factor)
     i = np.arange(out)
-    matrix = np.zeros((out, size))
-    if kind in ("nearest", "nearest-exact"):
-        shift = 0.5 if kind == "nearest-exact" else 0.0
-        source = np.floor(((i + shift) * np.float32(scale)).astype(np.float32)).astype(np.int64)
-        matrix[i, np.minimum(source, size - 1)] = 1
-        return matrix
     source = scale * i if align_corners else scale * (i + 0.5) - 0.5
     if kind == "linear":
         source = np.maximum(source, 0)
         low = np.minimum(np.floor(source).astype(np.int64), size - 1)
-        high = np.minimum(low + 1, size - 1)
-        np.add.at(matrix, (i, low), 1 - (source - low))
-        np.add.at(matrix, (i, high), source - low)
-        return matrix
-    low = np.floor(source).astype(np.int64)
-    for offset in range(-1, 3):
-        weight = _cubic(source - low - offset, -0.75)
-        np.add.at(matrix, (i, np.clip(low + offset, 0, size - 1)), weight)
-    return matrix
+        far = np.minimum(source - low, 1.0)
+        places, weights = np.stack([low, np.minimum(low + 1, size - 1)], 1), np.stack([1 - far, far], 1)
+    else:
+        low = np.floor(source).astype(np.int64)
+        offsets = np.arange(-1, 3)
+        places = np.clip(low[:, None] + offsets, 0, size - 1)
+        weights = _cubic((source - low)[:, None] - offsets, -0.75)
+    return _Taps(places, weights, np.ones(places.shape, bool))
 
 
-def _resized(x, matrices):
-    """`x` with a matrix applied along each of its last dimensions, in f32 at least."""
-    dtype, x = x.dtype, x.astype(sum_dtype(x.dtype))
-    for d, matrix in enumerate(matrices):
-        axis = x.ndim - len(matrices) + d
-        x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), ((axis,), (1,))), -1, axis)
+_UNROLLED = 4  # taps that are sliced out one by one
+
+
+def _along(x, axis: int, taps: _Taps):
+    """Apply taps along an axis. What an output does not read never reaches it, NaN and infinities neither."""
+    if taps.weights is None:
+        return jnp.take(x, taps.places[:, 0], axis)
+    count, shape = taps.places.shape[1], [1] * (x.ndim + 1)
+    shape[axis], shape[axis + 1] = taps.places.shape
+    if count > _UNROLLED:
+        read = jnp.take(x, taps.places, axis) * jnp.asarray(taps.weights.reshape(shape), x.dtype)
+        return jnp.sum(jnp.where(taps.valid.reshape(shape), read, 0), axis + 1)
+    total = 0
+    for k in range(count):
+        of_one = [n for d, n in enumerate(shape) if d != axis + 1]
+        read = jnp.take(x, taps.places[:, k], axis) * jnp.asarray(taps.weights[:, k].reshape(of_one), x.dtype)
+        total = total + (read if taps.valid[:, k].all() else jnp.where(taps.valid[:, k].reshape(of_one), read, 0))
+    return total
+
+
+def _resized(x, taps):
+    """`x` with taps applied along each of its last dimensions, in f32 at least; integers are rounded at the end."""
+    dtype, first = x.dtype, x.ndim - len(taps)
+    copies = all(t.weights is None for t in taps)
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    if not copies:
+        x = x.astype(jnp.float32 if whole else sum_dtype(dtype))
+    for d, of_axis in enumerate(taps):
+        x = _along(x, first + d, of_axis)
+    if whole and not copies:
+        limits = jnp.iinfo(dtype)
+        x = jnp.clip(jnp.round(x), limits.min, limits.max)
     return x.astype(dtype)
 
 
-def _matrices(spatial, output_size, align, scales, kind):
-    make = _antialiased if kind.endswith("_aa") else _matrix
-    kind = kind.removesuffix("_aa")
-    scales = [*scales, *[None] * (len(spatial) - len(scales))]
-    return [make(n, o, align, s, kind) for n, o, s in zip(spatial, output_size, scales, strict=True)]
+def _all_taps(spatial, output_size, align, scales, kind) -> list[_Taps]:
+    scales = [*(scales or []), *[None] * len(spatial)]
+    found = []
+    for n, o, s in zip(spatial, output_size, scales, strict=False):
+        if kind.startswith("nearest"):
+            found.append(_nearest(n, o, s, kind == "nearest-exact", len(spatial) == 2))
+        elif kind.endswith("_aa"):
+            found.append(_antialiased(n, o, align, s, kind.removesuffix("_aa")))
+        else:
+            found.append(_taps(n, o, align, s, kind))
+    return found
 
 
-def _register(packet: str, kind: str, has_align: bool, forward: bool) -> None:
+def _register(packet: str, kind: str, has_align: bool) -> None:
     def split(rest):
         return (bool(rest[0]), rest[1:]) if has_align else (False, rest)
 
     def resize(x, output_size, *rest, **named):
         align, scales = split((*rest, *named.values()))
-        return _resized(x, _matrices(x.shape[2:], output_size, align, scales, kind))
+        return _resized(x, _all_taps(x.shape[2:], output_size, align, scales, kind))
+
+    def by_factors(x, output_size, *rest, **named):
+        align, (factors,) = split((*rest, *named.values()))
+        if output_size is None:
+            output_size = [int(n * f) for n, f in zip(x.shape[2:], factors, strict=True)]
+        return _resized(x, _all_taps(x.shape[2:], output_size, align, factors, kind))
 
     def backward(grad, output_size, input_size, *rest, **named):
         align, scales = split((*rest, *named.values()))
-        return _resized(grad, [m.T for m in _matrices(input_size[2:], output_size, align, scales, kind)])
+        taps = _all_taps(input_size[2:], output_size, align, scales, kind)
+        return _resized(grad, [t.transposed(n) for t, n in zip(taps, input_size[2:], strict=True)])
 
-    if forward:
-        lowers(getattr(aten, packet).default)(resize)
+    lowers(getattr(aten, packet).default)(resize)
+    lowers(getattr(aten, packet).vec)(by_factors)
     lowers(getattr(aten, f"{packet}_backward").default)(backward)
 
 
 for _n, _prefix in ((1, ""), (2, "bi"), (3, "tri")):
-    _register(f"upsample_{_prefix}linear{_n}d", "linear", True, True)
-    # Forward, PyTorch's decomposition gathers, which is less work.
-    _register(f"upsample_nearest{_n}d", "nearest", False, False)
-    _register(f"_upsample_nearest_exact{_n}d", "nearest-exact", False, False)
-_register("upsample_bicubic2d", "cubic", True, True)
+    _register(f"upsample_{_prefix}linear{_n}d", "linear", True)
+    _register(f"upsample_nearest{_n}d", "nearest", False)
+    _register(f"_upsample_nearest_exact{_n}d", "nearest-exact", False)
+_register("upsample_bicubic2d", "cubic", True)
 for _name, _kind in (("bilinear", "linear"), ("bicubic", "cubic"), ("lanczos", "lanczos")):
-    _register(f"_upsample_{_name}2d_aa", f"{_kind}_aa", True, True)
+    _register(f"_upsample_{_name}2d_aa", f"{_kind}_aa", True)
 
 
 # Sampling at points ----------------------------------------------------------------------------

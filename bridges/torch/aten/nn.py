@@ -205,7 +205,8 @@ def rms_norm(x, normalized_shape, weight=None, eps=None):
 @lowers(aten._native_batch_norm_legit_no_training.default)
 def batch_norm(x, weight, bias, mean, variance, momentum, eps):
     """Inference only, as one multiply and one add per element: what is left depends on weights alone."""
-    scale = jax.lax.rsqrt(variance.astype(jnp.float32) + np.float32(eps))
+    wide = variance.astype(sum_dtype(variance.dtype))
+    scale = jax.lax.rsqrt(wide + np.asarray(eps, wide.dtype))
     if weight is not None:
         scale = scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale

@@ -11,6 +11,7 @@ import torch
 
 from kpx.bridges.torch.aten import special
 from kpx.bridges.torch.aten.common import axes, sum_dtype
+from kpx.bridges.torch.aten.elementwise import sign
 from kpx.bridges.torch.aten.random import _draw, _normal
 from kpx.bridges.torch.dtypes import promote, to_jax
 from kpx.bridges.torch.registry import lowers
@@ -37,7 +38,7 @@ UNARY = {
     "erfcx": special.erfcx, "exp": jnp.exp, "exp2": jnp.exp2, "expm1": jnp.expm1, "floor": jnp.floor,
     "isfinite": jnp.isfinite, "lgamma": special.lgamma, "log": jnp.log, "log1p": jnp.log1p,
     "log2": jnp.log2, "log10": jnp.log10, "ndtri": special.ndtri, "neg": jnp.negative,
-    "reciprocal": jnp.reciprocal, "round": jnp.round, "rsqrt": jax.lax.rsqrt, "sign": jnp.sign,
+    "reciprocal": jnp.reciprocal, "round": jnp.round, "rsqrt": jax.lax.rsqrt, "sign": sign,
     "sin": jnp.sin, "sinh": jnp.sinh, "sqrt": jnp.sqrt, "cbrt": jnp.cbrt, "tan": jnp.tan,
     "tanh": jnp.tanh, "trunc": jnp.trunc, "clone": lambda x, **_: x, "frexp": special.frexp,
 }  # fmt: skip

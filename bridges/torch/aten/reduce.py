@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import torch
 
-from kpx.bridges.torch.aten.common import axes, sum_dtype
+from kpx.bridges.torch.aten.common import axes, axis, is_complex, sum_dtype
 from kpx.bridges.torch.dtypes import promote_to_float, to_jax
 from kpx.bridges.torch.registry import lowers
+from kpx.kernels.norm import shifted
 
 aten = torch.ops.aten
 
@@ -34,22 +36,36 @@ def mean(x, dim=None, keepdim=False, *, dtype=None):
     return jnp.mean(x, axes(x, dim), keepdims=keepdim)
 
 
+def accumulated(function, x):
+    """Apply a product or a running reduction in the dtype that eager PyTorch accumulates it in, and round once.
+
+    That is f32 for 16-bit floats. For f32 it is f64 on the CPU, and f32 elsewhere, as PyTorch's CUDA kernels have it.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.float64:
+        return function(x)
+    if x.dtype != jnp.float32:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: function(x.astype(jnp.float64)).astype(jnp.float32), default=function
+    )
+
+
 @lowers(aten.prod.default)
 def prod(x, *, dtype=None):
     x = summed(x, dtype)
-    return jnp.prod(x, dtype=x.dtype)
+    return accumulated(lambda x: jnp.prod(x, dtype=x.dtype), x)
 
 
 @lowers(aten.prod.dim_int)
 def prod_dim(x, dim, keepdim=False, *, dtype=None):
     x = summed(x, dtype)
-    return jnp.prod(x, axes(x, dim), dtype=x.dtype, keepdims=keepdim)
+    return accumulated(lambda x: jnp.prod(x, axes(x, dim), dtype=x.dtype, keepdims=keepdim), x)
 
 
 def variance(x, over, correction, keepdim):
     """NaN where no degree of freedom is left, as PyTorch has it."""
     count = math.prod(x.shape[d] for d in over)
-    wide = x.astype(sum_dtype(x.dtype))
+    wide = shifted(x.astype(sum_dtype(x.dtype)), over)
     centred = wide - jnp.mean(wide, over, keepdims=True)
     total = jnp.sum(jnp.square(jnp.abs(centred)), over, keepdims=keepdim)
     divisor = max(count - (1 if correction is None else correction), 0)
@@ -156,7 +172,21 @@ def logsumexp(x, dim, keepdim=False):
 @lowers(aten.cumsum.default)
 def cumsum(x, dim, *, dtype=None):
     x = summed(x, dtype)
-    return jnp.cumsum(x, dim, dtype=x.dtype) if x.ndim else x
+    return accumulated(lambda x: jnp.cumsum(x, dim, dtype=x.dtype), x) if x.ndim else x
+
+
+@lowers(aten.cumprod.default)
+def cumprod(x, dim, *, dtype=None):
+    x = summed(x, dtype)
+    return accumulated(lambda x: jnp.cumprod(x, dim, dtype=x.dtype), x) if x.ndim else x
+
+
+@lowers(aten.logcumsumexp.default)
+def logcumsumexp(x, dim):
+    if is_complex(x):
+        raise NotImplementedError("of complex numbers: which branch of the logarithm PyTorch gives is its own")
+    running = functools.partial(jax.lax.associative_scan, jnp.logaddexp, axis=axis(x, dim) if x.ndim else 0)
+    return accumulated(running, x) if x.ndim else x
 
 
 @lowers(aten.linalg_vector_norm.default)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from kpx.bridges.torch.aten.common import axis, is_complex, is_float
+from kpx.bridges.torch.aten.common import axis, is_float
 from kpx.bridges.torch.registry import lowers
 
 aten = torch.ops.aten
@@ -101,17 +101,15 @@ def mode(x, dim=-1, keepdim=False):
         return x, jnp.zeros((), jnp.int64)
     dim = axis(x, dim)
     moved = jnp.moveaxis(x, dim, -1)
-    counts = jnp.sum(moved[..., :, None] == moved[..., None, :], -1)
-    frequent = counts == counts.max(-1, keepdims=True)
-    value = jnp.min(jnp.where(frequent, moved, _largest(moved)), -1, keepdims=True)
-    length = moved.shape[-1]
-    place = length - 1 - jnp.argmax(jnp.flip(moved == value, -1), -1, keepdims=True)
+    # Sorted, NaN last: of equal counts argmax takes the first, and so does PyTorch. NaN equals nothing, once itself.
+    ordered = jnp.sort(moved, -1)
+    counts = jnp.sum(ordered[..., :, None] == ordered[..., None, :], -1)
+    first = jnp.argmax(jnp.maximum(counts, 1), -1, keepdims=True)
+    value = jnp.take_along_axis(ordered, first, -1)
+    length, same = moved.shape[-1], (moved == value) | ((moved != moved) & (value != value))
+    place = length - 1 - jnp.argmax(jnp.flip(same, -1), -1, keepdims=True)
     value, place = jnp.moveaxis(value, -1, dim), jnp.moveaxis(place, -1, dim).astype(jnp.int64)
     return (value, place) if keepdim else (value.squeeze(dim), place.squeeze(dim))
-
-
-def _largest(x):
-    return jnp.max(x, -1, keepdims=True)
 
 
 @lowers(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
@@ -162,21 +160,6 @@ def cummax(x, dim):
 @lowers(aten.cummin.default)
 def cummin(x, dim):
     return tuple(_running(x, dim, lambda new, old: new <= old))
-
-
-@lowers(aten.cumprod.default)
-def cumprod(x, dim, *, dtype=None):
-    from kpx.bridges.torch.aten.reduce import summed
-
-    x = summed(x, dtype)
-    return jnp.cumprod(x, dim, dtype=x.dtype) if x.ndim else x
-
-
-@lowers(aten.logcumsumexp.default)
-def logcumsumexp(x, dim):
-    if is_complex(x):
-        raise NotImplementedError("of complex numbers: which branch of the logarithm PyTorch gives is its own")
-    return jax.lax.associative_scan(jnp.logaddexp, x, axis=axis(x, dim)) if x.ndim else x
 
 
 @lowers(aten.histc.default)
