@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+# Steps whose result depends on the sign of a zero.
+_READS_SIGNS = re.compile(r"copysign|signbit|atan2|div|reciprocal|rsqrt|/|\*\*|remainder|fmod|%|logaddexp")
 GROUPS, LENGTH = 3, 9  # groups of steps, and steps of each
 MOST = 400  # elements of a value
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,11 +38,13 @@ class Value:
 
     Attributes:
         error: the largest relative rounding error of the steps that it was computed by; 0 where none rounds.
+        zeros: the sign of its zeros is not defined: of a maximum of 0.0 and -0.0, or after a sum.
     """
 
     name: str
     tensor: torch.Tensor
     error: float = 0.0
+    zeros: bool = False
 
     @property
     def exact(self) -> bool:
@@ -61,6 +66,7 @@ class Line:
     Attributes:
         rounds: the result of floats is not exact.
         needs_exact: the operands must be exact.
+        zeros: it chooses one of two values that compare equal, 0.0 and -0.0.
         writes: the value whose memory it writes.
     """
 
@@ -70,6 +76,7 @@ class Line:
     rounds: bool = False
     needs_exact: bool = False
     writes: Value | None = None
+    zeros: bool = False
 
 
 @dataclass
@@ -122,6 +129,7 @@ class Program:
         self._count = 0
         self.returned: list[str] = []
         self._errors: dict[str, float] = {}
+        self._unsigned: set[str] = set()
         for _ in range(GROUPS):
             self._grow([f for kind, functions in STEPS.items() if kind not in without for f in functions], without)
 
@@ -140,6 +148,7 @@ class Program:
                     self._try(line)
         self.returned += self._results()
         self._errors |= {v.name: v.error for v in self.values}
+        self._unsigned |= {v.name for v in self.values if v.zeros}
 
     def has_room(self) -> bool:
         """Return whether the group may have another input."""
@@ -284,6 +293,8 @@ class Program:
     def _try(self, line: Line) -> None:
         if line.needs_exact and not all(v.exact for v in line.operands):
             return
+        if _READS_SIGNS.search(line.text) and any(v.zeros for v in line.operands):
+            return
         if line.writes is not None and not _is_defined(line):
             return
         names = [f"v{self._count + i}" for i in range(line.results)]
@@ -296,18 +307,22 @@ class Program:
         results = [scope[name] for name in names]
         if any(not isinstance(r, torch.Tensor) or r.numel() > MOST or r.dtype not in NAMES for r in results):
             return  # (a write that was refused has changed nothing)
-        error = max(v.error for v in line.operands)
+        error, zeros = (
+            max(v.error for v in line.operands),
+            any(v.zeros for v in line.operands) or line.zeros or line.rounds,
+        )
         self._count += line.results
         self.lines.append(text)
         self._consumed |= {v.name for v in line.operands}
         for name, result in zip(names, results, strict=True):
-            self.values.append(Value(name, result, max(error, _error(result) * line.rounds)))
+            own = _error(result) * line.rounds
+            self.values.append(Value(name, result, max(error, own), zeros and result.is_floating_point()))
         if line.writes is not None:
             error = max(error, _error(line.writes.tensor) * line.rounds)
             memory = line.writes.tensor.untyped_storage().data_ptr()
             for value in self.values:
                 if value.tensor.untyped_storage().data_ptr() == memory:
-                    value.error = max(value.error, error)
+                    value.error, value.zeros = max(value.error, error), value.zeros or zeros
 
     def _results(self) -> list[str]:
         computed = [v.name for v in self.values if v.name.startswith("v")]
@@ -318,6 +333,10 @@ class Program:
     def errors(self) -> dict[str, float]:
         """Return the rounding errors of values, by name."""
         return self._errors
+
+    def unsigned(self) -> set[str]:
+        """Return the names of values whose zeros have no defined sign."""
+        return self._unsigned
 
 
 def _error(tensor: torch.Tensor) -> float:

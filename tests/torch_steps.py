@@ -303,7 +303,7 @@ def cast_float(p: Program):
 @steps("elementwise")
 def unary(p: Program):
     x = p.pick(_is_exact)
-    return x and Line(f"torch.{p.rng.choice(_EXACT_UNARY)}({x.name})", [x], needs_exact=True)
+    return x and Line(f"torch.{p.rng.choice(_EXACT_UNARY)}({x.name})", [x], needs_exact=True, zeros=True)
 
 
 @steps("elementwise")
@@ -321,7 +321,7 @@ def smooth(p: Program):
 def binary_exact(p: Program):
     x = p.pick(_is_exact)
     y = x and p.partner(x, _is_exact)
-    return y and Line(f"torch.{p.rng.choice(_EXACT_BINARY)}({x.name}, {y.name})", [x, y], needs_exact=True)
+    return y and Line(f"torch.{p.rng.choice(_EXACT_BINARY)}({x.name}, {y.name})", [x, y], needs_exact=True, zeros=True)
 
 
 @steps("elementwise")
@@ -410,7 +410,7 @@ def clamp(p: Program):
     options = [f"clamp({low}, {high})", f"clamp(min={low})", f"clamp(max={high})"] + (
         [f"clamp(min={y.name})"] if y else []
     )
-    return Line(f"{x.name}.{p.rng.choice(options)}", [x] if y is None else [x, y], needs_exact=True)
+    return Line(f"{x.name}.{p.rng.choice(options)}", [x] if y is None else [x, y], needs_exact=True, zeros=True)
 
 
 @steps("elementwise")
@@ -455,7 +455,7 @@ def reduce_exact(p: Program):
     text = f"{x.name}.{name}({_dims(p, x)})"
     if name in ("max", "min") and "dim" in text:
         text += p.rng.choice([".values", ".indices"])
-    return Line(f"{text}.max" if name == "aminmax" else text, [x], needs_exact=True)
+    return Line(f"{text}.max" if name == "aminmax" else text, [x], needs_exact=True, zeros=True)
 
 
 @steps("reductions")
@@ -499,7 +499,7 @@ def order(p: Program):
         f"topk({k}, {d}, largest=False).values", f"median({d}).values", f"kthvalue({k}, {d}).values", "median()",
         f"nanmedian({d}).values",
     ])  # fmt: skip
-    return Line(f"{x.name}.{text}", [x], needs_exact=True)
+    return Line(f"{x.name}.{text}", [x], needs_exact=True, zeros=True)
 
 
 @steps("reductions")
@@ -576,10 +576,11 @@ def take_along(p: Program):
 # Writes ----------------------------------------------------------------------------------------
 
 
-def _target(p: Program) -> Value | None:
+def _target(p: Program) -> Value:
     """What is written: views more often than what stands alone."""
     views = [v for v in p.values if v.tensor._is_view() and v.tensor.numel()]
-    return p.rng.choice(views) if views and p.rng.random() < 0.6 else p.pick(lambda v: v.tensor.numel() > 0)
+    some = p.rng.choice(views) if views and p.rng.random() < 0.6 else p.pick(lambda v: v.tensor.numel() > 0)
+    return some or p.values[0]
 
 
 @steps("writes")
@@ -614,7 +615,7 @@ def write_itself(p: Program):
         ["zero_", "neg_", "abs_", "relu_", "logical_not_", "clamp_(0, 1)", "clamp_(min=-1)", "bitwise_not_", "floor_"]
     )
     text = name if "(" in name else f"{name}()"
-    return Line(f"{x.name}.{text}", [x], 0, needs_exact=True, writes=x)
+    return Line(f"{x.name}.{text}", [x], 0, needs_exact=True, writes=x, zeros=True)
 
 
 @steps("writes")
