@@ -134,37 +134,40 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
 
 
 def _on_aliases(compiled: Callable, graph: Callable, written: Sequence[int], example_inputs: Sequence[Any]) -> Callable:
-    """Return a callable that leaves calls whose inputs share memory which is written to PyTorch itself.
+    """Return a callable that leaves calls to PyTorch itself whose written inputs share memory in another way than captured.
 
-    AOTAutograd makes a graph functional for the aliases among the inputs that it was compiled with, and Dynamo guards those
-    that were there alone (pytorch/pytorch#139789).
+    AOTAutograd makes a graph functional for the aliases among the inputs that it was compiled with, and Dynamo guards
+    identity alone (pytorch/pytorch#139789).
     """
-    if not written or _alias(written, example_inputs):
+    if not written:
         return compiled
+    captured = _overlaps(example_inputs)
 
     def call(*args):
-        return graph(*args) if _alias(written, args) else compiled(*args)
+        return compiled(*args) if _overlaps(args) == captured else graph(*args)
 
     return call
 
 
-def _alias(written: Sequence[int], args: Sequence[Any]) -> bool:
-    """Return whether an input that is written shares memory with another input."""
-    spans = [(i, *_span(a)) for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
-    for i in written:
-        target = args[i]
-        if not isinstance(target, torch.Tensor):
-            continue
-        start, end = _span(target)
-        if any(j != i and args[j] is not target and low < end and start < high for j, low, high in spans):
-            return True
-    return False
+def _overlaps(args: Sequence[Any]) -> list[tuple[int, int, int]]:
+    """Return the pairs of tensors that overlap in memory, by position, and the distance between their first elements."""
+    spans = sorted((*_span(a), i) for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.numel())
+    pairs = []
+    for place, (start, end, i) in enumerate(spans):
+        for low, _, j in spans[place + 1 :]:
+            if low >= end:
+                break
+            pairs.append((i, j, low - start))
+    return pairs
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the first address of a tensor's elements, and the one after the last."""
-    if not tensor.numel() or tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided:
         return 0, 0
+    if tensor.is_contiguous():
+        start = tensor.data_ptr()
+        return start, start + tensor.nbytes
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.element_size()
