@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -141,33 +142,37 @@ def _on_aliases(compiled: Callable, graph: Callable, written: Sequence[int], exa
     """
     if not written:
         return compiled
-    captured = _overlaps(example_inputs)
+    strided = [i for i, a in enumerate(example_inputs) if isinstance(a, torch.Tensor) and a.layout is torch.strided]
+    captured = _overlaps([example_inputs[i] for i in strided])
 
     def call(*args):
-        return compiled(*args) if _overlaps(args) == captured else graph(*args)
+        return compiled(*args) if _overlaps([args[i] for i in strided]) == captured else graph(*args)
 
     return call
 
 
-def _overlaps(args: Sequence[Any]) -> list[tuple[int, int, int]]:
+def _overlaps(tensors: list[torch.Tensor]) -> list[tuple[int, int, int]]:
     """Return the pairs of tensors that overlap in memory, by position, and the distance between their first elements."""
-    spans = sorted((*_span(a), i) for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.numel())
+    starts = list(map(torch.Tensor.data_ptr, tensors))
+    ends = list(map(operator.add, starts, map(_nbytes, tensors)))
+    if not all(map(torch.Tensor.is_contiguous, tensors)):
+        ends = [start + _extent(t) for start, t in zip(starts, tensors, strict=True)]
+    order = sorted(range(len(tensors)), key=starts.__getitem__)
     pairs = []
-    for place, (start, end, i) in enumerate(spans):
-        for low, _, j in spans[place + 1 :]:
-            if low >= end:
+    for place, i in enumerate(order):
+        for j in order[place + 1 :]:
+            if starts[j] >= ends[i]:
                 break
-            pairs.append((i, j, low - start))
+            pairs.append((i, j, starts[j] - starts[i]))
     return pairs
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first address of a tensor's elements, and the one after the last."""
-    if tensor.layout is not torch.strided:
-        return 0, 0
-    if tensor.is_contiguous():
-        start = tensor.data_ptr()
-        return start, start + tensor.nbytes
+_nbytes = operator.attrgetter("nbytes")
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Return the number of bytes from a tensor's first element to the end of its last."""
+    if not tensor.numel():
+        return 0
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
+    return (last + 1) * tensor.element_size()

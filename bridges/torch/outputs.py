@@ -146,10 +146,10 @@ def _shared_roots(graph: torch.fx.Graph, outputs: list[Any]) -> dict[torch.fx.No
 
 def _storage(node: Any) -> StorageWeakRef | None:
     """Return the memory of a node's captured value."""
-    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-        return None
-    return StorageWeakRef(value.untyped_storage())
+    value: Any = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        return StorageWeakRef(value.untyped_storage())
+    return None
 
 
 def _unwound(node: Any, placeholders: list[torch.fx.Node], shown: bool) -> tuple[Any, list[torch.fx.Node]]:
