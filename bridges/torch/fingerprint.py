@@ -12,6 +12,7 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
+import operator
 import os
 import pathlib
 import sys
@@ -21,6 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from kpx.bridges.torch.registry import rule_of
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 # Of a module, what its own attributes say better, or what no outputs depend on.
@@ -54,6 +57,52 @@ def fingerprint(model: torch.nn.Module, key: Any, environment: Mapping[str, str]
     except (_Unnamed, RecursionError):
         return None
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def graph_fingerprint(
+    graph: torch.fx.Graph, args: Sequence[Any], environment: Mapping[str, str], config: Any
+) -> str | None:
+    """Return the cache key of a functional graph and its inputs; None where a rule or value has no name elsewhere.
+
+    Args:
+        args: the inputs, of which tensors count by shape, dtype and strides, and numbers by value.
+        environment: what compiles: versions and the device.
+    """
+    parts = [repr(sorted(environment.items())), repr(config), torch.__version__, sys.version]
+    parts += [_kind(a) if isinstance(a, torch.Tensor) else f"{type(a).__name__} {a!r}" for a in args]
+    try:
+        parts += _graph_parts(graph)
+    except _Unnamed:
+        return None
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def _graph_parts(graph: torch.fx.Graph) -> Iterator[str]:
+    ours = pathlib.Path(__file__).resolve().parents[2]
+    for node in graph.nodes:
+        path = list((node.meta.get("nn_module_stack") or {"": ("",)}).values())[-1][0]
+        yield f"{node.name} {node.op} {node.target} {node.args} {node.kwargs} {path}"
+        values = node.meta.get("val")
+        yield repr([(v.dtype, v.shape, v.stride()) for v in (values if isinstance(values, (list, tuple)) else [values])
+                    if isinstance(v, torch.Tensor)])  # fmt: skip
+        if node.op == "get_attr":
+            yield from _constant_parts(operator.attrgetter(str(node.target))(graph.owning_module))
+        elif (rule := rule_of(node.target)) is not None:
+            file = getattr(sys.modules.get(rule.__module__), "__file__", None)
+            if file is None:
+                raise _Unnamed
+            if ours not in pathlib.Path(file).resolve().parents:  # a rule of the user's own
+                yield _stamp(file)
+
+
+def _constant_parts(value: Any) -> Iterator[str]:
+    if isinstance(value, torch.fx.GraphModule):
+        yield from _graph_parts(value.graph)
+    elif isinstance(value, torch.Tensor):
+        data = value.detach().contiguous().reshape(-1)
+        yield _kind(value) + hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
+    else:
+        raise _Unnamed
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -6,8 +6,10 @@ graphs are prepared once and held. An operator without a lowering rule runs in e
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
+import os
 import threading
 import warnings
 import weakref
@@ -22,6 +24,7 @@ import torch
 from torch._guards import TracingContext
 
 from kpx.bridges.torch.exported import TENSOR
+from kpx.bridges.torch.fingerprint import graph_fingerprint
 from kpx.bridges.torch.interpret import as_jax_function, is_random, module_path, unsupported_nodes
 from kpx.bridges.torch.invoke import TensorProgram
 from kpx.bridges.torch.outputs import Outputs
@@ -31,6 +34,8 @@ from kpx.bridges.torch.weights import WeightSets
 from kpx.config import Config
 from kpx.errors import GraphBreakWarning, UnsupportedError
 from kpx.hardware.target import Target
+from kpx.runtime import programs
+from kpx.runtime.build import environment
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.memory import give_back_freed, keep_freed
 
@@ -74,8 +79,8 @@ class Settings:
     def freeze(self) -> set[int]:
         """Take all weights as they are from now on; return the addresses of those that programs read in place."""
         self.is_frozen = True
-        programs = [program for graph in list(self.graphs) for program in graph.programs()]
-        return set().union(*(program.sets.freeze() for program in programs))
+        held = [program for graph in list(self.graphs) for program in graph.programs()]
+        return set().union(*(program.sets.freeze() for program in held))
 
     def clear(self) -> None:
         """Drop all programs."""
@@ -114,11 +119,21 @@ class _Program:
         inputs = [_tensor(args[i]) for i in self._inputs]
         cotangents = {p for p, i in enumerate(self._inputs) if i in segment.cotangents}
         weights = [args[i].detach() for i in self._weights]
+        key = _cache_key(segment, args, loose, settings.target, config)
+        saved = None if key is None else programs.load(str(config.cache_dir), key)
+        if saved is not None:
+            self._outputs = [TENSOR if kind == "tensor" else value for kind, value in saved["outputs"]]
         self._call = TensorProgram(
-            arrays_only, weights, inputs, segment.is_random, settings.target, config, gradients=cotangents
-        )
+            arrays_only, weights, inputs, segment.is_random, settings.target, config,
+            saved=None if saved is None else saved["program"], gradients=cotangents,
+        )  # fmt: skip
+        self._unsaved = None if key is None or saved is not None else (str(config.cache_dir), key)
         names = [segment.names[i] for i in self._weights]
         self.sets = WeightSets(self._call.model, names, settings.target.device)
+
+    def _marked(self) -> list[tuple[str, Any]]:
+        """Return the outputs as plain data: tensors by a mark, others by value."""
+        return [("tensor", None) if o is TENSOR else ("constant", o) for o in self._outputs]
 
     @property
     def compiled(self) -> Compiled:
@@ -131,8 +146,26 @@ class _Program:
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         held = self.sets.held([args[i] for i in self._weights])
+        if self._unsaved is not None:  # what was measured as the fastest is saved
+            place, self._unsaved = self._unsaved, None
+            programs.save(*place, {"outputs": self._marked(), "program": self._call.saved()})
         results = iter(self._call([_tensor(args[i]) for i in self._inputs], held))
         return [to_tensor(next(results)) if p is TENSOR else p for p in self._outputs]
+
+
+def _cache_key(
+    segment: Segment, args: Sequence[Any], loose: frozenset[int], target: Target, config: Config
+) -> str | None:
+    """Return the key that a program is saved under for other processes; None where none is saved."""
+    if config.cache_dir is None or os.environ.get("KPX_FUEL"):  # a part of the rewrites makes another program
+        return None
+    made = environment(target) | {"target": target.text, "features": repr(sorted(target.features))}
+    for file in (config.kernel_cache, config.choices):  # what they say, too
+        made[f"file {file}"] = str(os.path.exists(file) and os.stat(file).st_mtime_ns) if file else ""
+    made |= {"kind": segment.kind, "weights": repr(segment.weights), "loose": repr(sorted(loose))}
+    plain = dataclasses.replace(config, cache_dir=None, compile_seconds=1.0)
+    values = [torch.empty(0, dtype=torch.int64) if i in loose else a for i, a in enumerate(args)]
+    return graph_fingerprint(segment.graph, values, made, plain)
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -151,13 +184,14 @@ class Segment:
     """A part of a graph whose operators all have lowering rules: one program for each set of sizes.
 
     Attributes:
+        graph: the part itself.
         names: what the inputs are called, in messages.
         weights: indices of the inputs that are parameters or buffers which nothing writes.
         cotangents: indices of the inputs that are gradients of a result.
     """
 
     def __init__(self, graph: torch.fx.Graph, kind: str, settings: Settings, roles: Roles):
-        self._settings, self.kind = settings, kind
+        self._settings, self.kind, self.graph = settings, kind, graph
         placeholders = graph.find_nodes(op="placeholder")
         self.names = [node.name for node in placeholders]
         values = [node.meta.get("val") for node in placeholders]

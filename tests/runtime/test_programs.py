@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kpx
-from kpx.bridges.torch import module as bridge
+from kpx.bridges.torch import ahead as bridge
 from kpx.bridges.torch.fingerprint import fingerprint
 from kpx.runtime import programs
 
@@ -40,7 +40,8 @@ X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 
 def _run(model, config, **kwargs):
     with torch.no_grad():
-        got, wanted = kpx.optimize(model, config=config)(X, **kwargs), model(X, **kwargs)
+        compiled = kpx.compile(model, X, config=config, **kwargs)
+        got, wanted = compiled(X, **kwargs), model(X, **kwargs)
     torch.testing.assert_close(got["y"], wanted["y"], rtol=1e-5, atol=1e-5)
     assert got["n"] == 3
 
@@ -64,12 +65,11 @@ def test_the_same_model_is_not_captured_again_and_its_state_and_weights_are_its_
     model = Model()
     assert not _is_captured(monkeypatch, model, config)
     assert model.calls == 2  # once by kpx, once by eager
-    optimized = kpx.optimize(model, config=config)
+    compiled = kpx.compile(model, X, config=config)
     with torch.no_grad():
-        optimized(X)
+        compiled(X)
         model.linear.weight.mul_(3)
-        torch.testing.assert_close(optimized(X)["y"], model(X)["y"], rtol=1e-5, atol=1e-5)
-        assert optimized.compile_for([X], {}).rewrites is not None
+        torch.testing.assert_close(compiled(X)["y"], model(X)["y"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,11 +160,52 @@ def test_a_folder_that_is_a_file_is_told_and_everything_runs(tmp_path, monkeypat
         _run(Model(), kpx.Config(cache_dir=str(tmp_path / "file")))
 
 
+# Graphs that calls compile ---------------------------------------------------------------------
+
+
+def _called(model, config, *inputs):
+    """Whether a call of the optimized model traced a program, and what the call returned."""
+    optimized = kpx.optimize(model, config=config)
+    outputs = optimized(*inputs)
+    return any("trace" in compiled.seconds for compiled in optimized.compiled_programs()), outputs
+
+
+def test_a_graph_that_was_compiled_before_is_not_traced_again(config):
+    with torch.no_grad():
+        assert _called(Model().eval(), config, X)[0]
+        model = Model().eval()
+        traced, outputs = _called(model, config, X)
+        torch.testing.assert_close(outputs["y"], model(X)["y"], rtol=1e-5, atol=1e-5)
+    assert not traced
+    assert model.calls == 2  # once by kpx, once by eager
+
+
+def test_a_graph_with_its_backward_pass_is_not_traced_again(config):
+    kpx.optimize(Model(), config=config)(X)["y"].square().sum().backward()
+    model, twin = Model(), Model()
+    twin.load_state_dict(model.state_dict())
+    optimized = kpx.optimize(model, config=config)
+    for each in (optimized, twin):
+        each(X)["y"].square().sum().backward()
+    assert not any("trace" in compiled.seconds for compiled in optimized.compiled_programs())
+    torch.testing.assert_close(model.linear.weight.grad, twin.linear.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_what_decides_what_a_graph_computes_has_its_own_program(config):
+    with torch.no_grad():
+        _called(Model().eval(), config, X)
+        for model in (Model(3.0), Model(function=torch.nn.functional.relu), Model().double()):
+            x = X.double() if model.linear.weight.dtype == torch.float64 else X
+            traced, outputs = _called(model, config, x)
+            assert traced
+            torch.testing.assert_close(outputs["y"], model(x)["y"], rtol=1e-5, atol=1e-5)
+
+
 _PROCESS = """
     import sys, warnings
     warnings.simplefilter("error", UserWarning)
     import torch, kpx
-    from kpx.bridges.torch import module as bridge
+    from kpx.bridges.torch import ahead as bridge
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 8)).eval()
     x = torch.randn(32, 64)
@@ -176,7 +217,7 @@ _PROCESS = """
     compiled = []
     jax.monitoring.register_event_listener(lambda name, **_: compiled.append(name))
     with torch.no_grad():
-        optimized = kpx.optimize(model, config=kpx.Config(cache_dir=sys.argv[1], measure_seconds=0))
+        optimized = kpx.compile(model, x, config=kpx.Config(cache_dir=sys.argv[1], measure_seconds=0))
         for _ in range(int(sys.argv[3])):
             torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
     if sys.argv[2] == "cached":
@@ -210,7 +251,7 @@ def test_a_program_that_calls_our_own_kernels_runs_in_another_process(config):
     """What makes the calls is registered there too."""
     code = textwrap.dedent(f"""
         import torch, kpx
-        from kpx.bridges.torch import module as bridge
+        from kpx.bridges.torch import ahead as bridge
         def refuse(*a): raise AssertionError("captured")
         bridge.capture = refuse if {{again}} else bridge.capture
         torch.manual_seed(0)
@@ -218,7 +259,7 @@ def test_a_program_that_calls_our_own_kernels_runs_in_another_process(config):
         x = torch.randn(1, 64)
         config = kpx.Config(cache_dir={config.cache_dir!r}, precision="int8-weights")
         with torch.no_grad():
-            given = kpx.optimize(model, config=config)(x)
+            given = kpx.compile(model, x, config=config)(x)
             torch.testing.assert_close(given, model(x), rtol=0.1, atol=0.05)
     """)
     for again in (False, True):
