@@ -79,7 +79,7 @@ def batches(tokenizer: Any, count: int) -> list[tuple[dict[str, torch.Tensor], t
 WAYS: dict[str, Callable[[torch.nn.Module], Callable]] = {
     "eager": lambda model: model,
     "torch.compile": torch.compile,
-    "kpx": lambda model: kpx.optimize(model, training=True),
+    "kpx": lambda model: kpx.optimize(model),
 }
 
 

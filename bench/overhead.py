@@ -1,6 +1,7 @@
 """What kpx costs beside the computation: `python -m bench.overhead [--json FILE]`.
 
-Call overhead: an optimized module of 200 parameters against its bare executable, called in turn. Memory: the
+Call overhead: optimized modules of one and of 200 parameters against their bare executables, torch.compile and eager
+PyTorch, called in turn. Memory: the
 resident size after optimizing a model, less that before it was made, over the weights' bytes, in a process of
 its own. Compile time: kpx's own passes against XLA's compilation of the same module.
 """
@@ -22,15 +23,16 @@ from rich.table import Table
 from kpx.observe.demo import versions
 from kpx.observe.timing import interleaved
 
+_PARAMETERS = (1, 200)
 _MEMORY_CASES = ("bert", "gpt2", "resnet50")
 
 
-class _Many(torch.nn.Module):
-    """200 parameters, and next to nothing to compute."""
+class _Scales(torch.nn.Module):
+    """Many parameters, and next to nothing to compute."""
 
-    def __init__(self):
+    def __init__(self, count: int):
         super().__init__()
-        self.scales = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(4)) for _ in range(200))
+        self.scales = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(4)) for _ in range(count))
 
     def forward(self, x):
         for scale in self.scales:
@@ -38,26 +40,31 @@ class _Many(torch.nn.Module):
         return x
 
 
-def call_overhead(rounds: int = 51) -> dict[str, float]:
-    """Median microseconds of a call of the optimized module, of the bare Compiled, and the difference."""
+def call_overhead(parameters: int, rounds: int = 51) -> dict[str, float]:
+    """Return median microseconds of a call: kpx, its bare executable, torch.compile with inductor, eager PyTorch.
+
+    `over_inductor` is kpx's call over torch.compile's, both of a graph that computes next to nothing.
+    """
     import kpx
     from kpx.bridges.torch.tensors import to_array
 
-    x = torch.ones(4)
-    optimized = kpx.optimize(_Many().eval())
+    x, model = torch.ones(4), _Scales(parameters).eval()
+    optimized, inductor = kpx.optimize(model), torch.compile(model)
     with torch.no_grad():
         optimized(x)
+        inductor(x)
         (entry,) = optimized._entries.values()
-        array = to_array(x, entry.device)
-        held = entry.program.held
+        program, array = entry.program, to_array(x, kpx.Target("cpu").device)
         calls = {
-            "optimized": lambda: optimized(x),
-            "bare": lambda: entry.program.executable(*held, array)[0].block_until_ready(),
+            "kpx": lambda: optimized(x),
+            "bare": lambda: program.executable(*program.held, array)[0].block_until_ready(),
+            "inductor": lambda: inductor(x),
+            "eager": lambda: model(x),
         }
         interleaved(calls, 3)
         medians = interleaved(calls, rounds)
     found = {name: 1e6 * seconds for name, seconds in medians.items()}
-    return {**found, "overhead": found["optimized"] - found["bare"]}
+    return {**found, "overhead": found["kpx"] - found["bare"], "over_inductor": found["kpx"] / found["inductor"]}
 
 
 def memory(case: str) -> dict[str, float]:
@@ -144,7 +151,7 @@ def main(arguments=None) -> int:
     result: dict[str, Any] = {"versions": versions(), "threads": torch.get_num_threads()}
     console = Console(stderr=True)
     with console.status("call overhead"):
-        result["call_microseconds"] = call_overhead()
+        result["call_microseconds"] = {str(count): call_overhead(count) for count in _PARAMETERS}
     result["memory"] = {}
     for case in _MEMORY_CASES:
         with console.status(f"memory of {case}"):
@@ -162,11 +169,11 @@ def main(arguments=None) -> int:
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
-    call = result["call_microseconds"]
-    console.print(
-        f"A call with 200 parameters: {call['optimized']:.1f} us, bare executable {call['bare']:.1f} us, "
-        f"overhead {call['overhead']:.1f} us"
-    )
+    for count, call in result["call_microseconds"].items():
+        console.print(
+            f"A call with {count} parameters: {call['kpx']:.1f} us, bare executable {call['bare']:.1f} us, torch.compile "
+            f"{call['inductor']:.1f} us, eager {call['eager']:.1f} us; {call['over_inductor']:.2f} of torch.compile's"
+        )
     table = Table(title="Resident size over weights")
     for column in ("case", "after optimize", "originals freed", "after a call", "held by kpx"):
         table.add_column(column, justify="right")

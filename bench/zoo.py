@@ -74,7 +74,7 @@ def _step(name: str) -> dict[str, Any]:
 
     model, inputs = build(name)
     found = []
-    for call in (model, kpx.optimize(model, training=True)):
+    for call in (model, kpx.optimize(model)):
         model.zero_grad()
         loss = _loss(call(**inputs))
         loss.backward()

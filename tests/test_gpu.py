@@ -78,7 +78,7 @@ def test_a_training_step_on_the_device_fills_gradients_there():
     torch.manual_seed(0)
     model = torch.nn.Linear(64, 8).cuda()
     x = torch.randn(4, 64, device="cuda")
-    kpx.optimize(model, training=True)(x).square().sum().backward()
+    kpx.optimize(model)(x).square().sum().backward()
     ours = model.weight.grad.clone()
     model.zero_grad()
     model(x).square().sum().backward()

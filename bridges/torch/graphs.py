@@ -35,7 +35,7 @@ from kpx.config import Config
 from kpx.errors import GraphBreakWarning, UnsupportedError
 from kpx.hardware.target import Target
 from kpx.runtime import programs
-from kpx.runtime.build import environment
+from kpx.runtime.build import ModelProgram, environment
 from kpx.runtime.compiled import Compiled
 from kpx.runtime.memory import give_back_freed, keep_freed
 
@@ -140,7 +140,7 @@ class _Program:
         return self._call.model.compiled
 
     @property
-    def model(self) -> Any:
+    def program(self) -> ModelProgram:
         """The program as the runtime has it."""
         return self._call.model
 

@@ -81,8 +81,10 @@ class OptimizedModule:
         return type(self)._kpx_engine.settings.programs()
 
     @property
-    def _entries(self) -> list[Compiled]:
-        return self.compiled_programs()
+    def _entries(self) -> dict[int, Any]:
+        """The programs that calls have compiled so far: `program` of each is the runtime's."""
+        graphs = list(type(self)._kpx_engine.settings.graphs)
+        return dict(enumerate(program for graph in graphs for program in graph.programs()))
 
     def free_programs(self) -> None:
         """Drop every captured graph and compiled program. Later calls capture and compile anew."""

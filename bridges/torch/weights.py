@@ -143,7 +143,7 @@ class _WeightSet:
         self, program: ModelProgram, tensors: Sequence[torch.Tensor], names: Sequence[str], device: jax.Device
     ):
         watch = Watch(tensors, names, device)
-        self.held = program.prepared(watch.arrays)
+        self.held = program.held = program.prepared(watch.arrays)
         watch.watch(tensors, program.prepare_weights)
         watch.arrays = []  # what the program does not hold may be freed with the model
         self.watch = watch

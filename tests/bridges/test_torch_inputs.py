@@ -92,7 +92,7 @@ def test_a_backward_through_an_op_with_no_gradient_names_it():
         def forward(self, x):
             return torch.heaviside(x, x)
 
-    trained = kpx.optimize(Step(), training=True)
+    trained = kpx.optimize(Step())
     with pytest.raises(RuntimeError, match="derivative for aten::heaviside is not implemented"):
         trained(BASE.clone().requires_grad_()).sum().backward()
 

@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_eager_at_every_scale(options, dimensi
         sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
         return [*outputs, leaf.grad]
 
-    for ours, eager in zip(run(kpx.optimize(model, config=CONFIG, training=True)), run(model), strict=True):
+    for ours, eager in zip(run(kpx.optimize(model, config=CONFIG)), run(model), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ def _trained(model, x):
     """A model's result, and what it keeps for its backward pass."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = kpx.optimize(model, training=True)(x)
+        y = kpx.optimize(model)(x)
     return y, kept
 
 
@@ -83,7 +83,7 @@ def test_attention_over_heads_has_eagers_gradients(heads, shape):
     parameters = list(model.parameters())
     wanted = torch.autograd.grad(model.double()(x.double()).square().sum(), parameters)
     model.float()
-    got = torch.autograd.grad(kpx.optimize(model, training=True)(x).square().sum(), list(model.parameters()))
+    got = torch.autograd.grad(kpx.optimize(model)(x).square().sum(), list(model.parameters()))
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g.double(), w, atol=1e-5, rtol=1e-4)
 

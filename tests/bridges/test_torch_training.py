@@ -77,7 +77,7 @@ def _step(model, parameters, *inputs):
 
 def test_backward_fills_every_gradient():
     eager, model = _models()
-    trained = kpx.optimize(model, training=True)
+    trained = kpx.optimize(model)
     torch.testing.assert_close(_step(trained, model, _x(4, 8)), _step(eager, eager, _x(4, 8)))
     _same_gradients(eager, model)
 
@@ -86,7 +86,7 @@ def test_convolution_norm_pooling_attention_and_embedding_have_pytorchs_gradient
     eager, model = _models(Block)
     inputs = _x(2, 3, 16, 16), torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
-        _step(kpx.optimize(model, training=True), model, *inputs), _step(eager, eager, *inputs), rtol=1e-4, atol=1e-6
+        _step(kpx.optimize(model), model, *inputs), _step(eager, eager, *inputs), rtol=1e-4, atol=1e-6
     )
     _same_gradients(eager, model)
     for (_, a), (_, b) in zip(eager.named_buffers(), model.named_buffers(), strict=True):
@@ -107,7 +107,7 @@ def test_fused_attention_over_transposed_heads_has_pytorchs_gradients(causal):
 
     eager, model = _models(Heads)
     _step(eager, eager, _x(2, 6, 16))
-    _step(kpx.optimize(model, training=True), model, _x(2, 6, 16))
+    _step(kpx.optimize(model), model, _x(2, 6, 16))
     _same_gradients(eager, model)
 
 
@@ -125,7 +125,7 @@ def test_attention_whose_heads_share_keys_has_pytorchs_gradients(causal):
 
     eager, model = _models(Shared)
     _step(eager, eager, _x(2, 6, 16))
-    _step(kpx.optimize(model, training=True), model, _x(2, 6, 16))
+    _step(kpx.optimize(model), model, _x(2, 6, 16))
     _same_gradients(eager, model)
 
 
@@ -133,7 +133,7 @@ def test_an_input_gets_its_gradient_too():
     eager, model = _models()
     a, b = _x(4, 8).requires_grad_(), _x(4, 8).requires_grad_()
     _step(eager, eager, a)
-    _step(kpx.optimize(model, training=True), model, b)
+    _step(kpx.optimize(model), model, b)
     torch.testing.assert_close(b.grad, a.grad)
 
 
@@ -142,7 +142,7 @@ def test_gradients_are_as_close_to_f64_as_pytorchs():
     exact = copy.deepcopy(eager).double()
     _step(exact, exact, _x(4, 8).double())
     _step(eager, eager, _x(4, 8))
-    _step(kpx.optimize(model, training=True), model, _x(4, 8))
+    _step(kpx.optimize(model), model, _x(4, 8))
     for e, p, q in zip(exact.parameters(), eager.parameters(), model.parameters(), strict=True):
         error = (q.grad.double() - e.grad).norm() / e.grad.norm()
         assert error <= 2 * (p.grad.double() - e.grad).norm() / e.grad.norm() + 1e-6
@@ -152,7 +152,7 @@ def test_gradients_are_as_close_to_f64_as_pytorchs():
 def test_any_optimizer_steps_as_with_eager(optimizer):
     eager, model = _models()
     losses = []
-    for net, call in ((eager, eager), (model, kpx.optimize(model, training=True))):
+    for net, call in ((eager, eager), (model, kpx.optimize(model))):
         steps = getattr(torch.optim, optimizer)(net.parameters(), lr=1e-2)
         mine = []
         for i in range(4):
@@ -165,7 +165,7 @@ def test_any_optimizer_steps_as_with_eager(optimizer):
 
 def test_gradients_accumulate_over_calls():
     eager, model = _models()
-    trained = kpx.optimize(model, training=True)
+    trained = kpx.optimize(model)
     for seed in range(3):
         _step(eager, eager, _x(4, 8, seed=seed))
         _step(trained, model, _x(4, 8, seed=seed))
@@ -177,7 +177,7 @@ def test_frozen_parameters_get_no_gradient():
     for net in (eager, model):
         net.first.requires_grad_(False)
     _step(eager, eager, _x(4, 8))
-    _step(kpx.optimize(model, training=True), model, _x(4, 8))
+    _step(kpx.optimize(model), model, _x(4, 8))
     _same_gradients(eager, model)
     assert model.first.weight.grad is None
 
@@ -197,7 +197,7 @@ def test_tied_weights_get_the_sum_of_their_gradients():
     torch.manual_seed(0)
     model = tied()
     _step(eager, eager, _x(4, 8))
-    _step(kpx.optimize(model, training=True), model, _x(4, 8))
+    _step(kpx.optimize(model), model, _x(4, 8))
     _same_gradients(eager, model)
 
 
@@ -208,13 +208,13 @@ def test_checkpointed_blocks_have_the_same_gradients():
 
     eager, model = _models(Checkpointed)
     _step(eager, eager, _x(4, 8))
-    _step(kpx.optimize(model, training=True), model, _x(4, 8))
+    _step(kpx.optimize(model), model, _x(4, 8))
     _same_gradients(eager, model)
 
 
 def test_autocast_computes_in_bf16_and_keeps_f32_gradients():
     eager, model = _models()
-    trained = kpx.optimize(model, training=True)
+    trained = kpx.optimize(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted, got = eager(_x(4, 8)), trained(_x(4, 8))
     assert got.dtype == wanted.dtype == torch.bfloat16
@@ -238,13 +238,13 @@ def test_no_grad_and_detach_stop_the_gradient():
 
     eager, model = _models(Stops)
     _step(eager, eager, _x(4, 8))
-    _step(kpx.optimize(model, training=True), model, _x(4, 8))
+    _step(kpx.optimize(model), model, _x(4, 8))
     _same_gradients(eager, model)
 
 
 def test_dropout_drops_in_training_and_not_in_evaluation():
     model = torch.nn.Sequential(torch.nn.Linear(8, 512), torch.nn.Dropout(0.5))
-    trained = kpx.optimize(model, training=True)
+    trained = kpx.optimize(model)
     out = trained(_x(4, 8))
     assert 0.4 < (out == 0).float().mean() < 0.6
     trained.eval()
@@ -252,16 +252,19 @@ def test_dropout_drops_in_training_and_not_in_evaluation():
 
 
 def test_the_gradient_of_dropout_is_that_of_the_same_draw():
-    trained = kpx.optimize(torch.nn.Dropout(0.5), training=True)
+    trained = kpx.optimize(torch.nn.Dropout(0.5))
     x = torch.ones(64, requires_grad=True)
     out = trained(x)
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
 
 
-def test_example_inputs_are_refused_with_the_reason():
-    with pytest.raises(kpx.InputError, match="compiled at its first call"):
-        kpx.optimize(Net(), training=True, example_inputs=(_x(4, 8),))
+def test_training_is_deprecated_and_without_effect():
+    with pytest.warns(DeprecationWarning, match="outputs carry gradients where grad mode is on"):
+        trained = kpx.optimize(Net(), training=True)
+    assert trained(_x(4, 8)).requires_grad
+    with torch.no_grad():
+        assert not trained(_x(4, 8)).requires_grad
 
 
 def test_training_a_jax_function_is_refused_with_the_remedy():
@@ -317,7 +320,7 @@ def test_a_graph_break_tells_where_and_everything_is_computed():
 
     eager, model = _models(Breaks)
     with pytest.warns(kpx.GraphBreakWarning, match=r"test_torch_training\.py"):
-        got = kpx.optimize(model, training=True)(_x(4, 8))
+        got = kpx.optimize(model)(_x(4, 8))
     torch.testing.assert_close(got, eager(_x(4, 8)))
 
 
@@ -350,7 +353,7 @@ def test_views_of_dynamic_size_keep_their_strides():
 
 def test_a_second_size_trains_without_a_mark():
     eager, model = _models()
-    trained = kpx.optimize(model, training=True)
+    trained = kpx.optimize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kpx.RecompileWarning)
         for n in (3, 5, 6, 7):
@@ -366,7 +369,7 @@ def test_an_unknown_option_of_the_backend_is_named():
 
 
 def test_an_index_out_of_range_is_an_error_in_training_too():
-    trained = kpx.optimize(torch.nn.Embedding(5, 3), training=True)
+    trained = kpx.optimize(torch.nn.Embedding(5, 3))
     trained(torch.tensor([0, 4])).sum().backward()
     with pytest.raises(IndexError, match="out of range"):
         trained(torch.tensor([5, 0]))
@@ -391,7 +394,7 @@ def test_gradients_at_ties_and_kinks_are_pytorchs(function):
 def test_training_keeps_the_memory_that_a_step_frees():
     keep_freed.cache_clear()
     model = torch.nn.Linear(4, 2)
-    trained = kpx.optimize(model, training=True)
+    trained = kpx.optimize(model)
     with torch.no_grad():
         trained(torch.ones(3, 4))
     assert keep_freed.cache_info().currsize == 0

@@ -103,7 +103,7 @@ def test_patches_of_an_image_are_eagers_with_their_gradient_through_every_door(d
 
     doors = {
         "optimize": lambda: _optimized(function),
-        "training": lambda: kpx.optimize(Model(function), training=True, config=CONFIG),
+        "training": lambda: kpx.optimize(Model(function), config=CONFIG),
         "compile": lambda: torch.compile(Model(function), backend="kpx"),
     }
     x = _t(2, 3, 8, 8)
@@ -263,7 +263,7 @@ def test_outputs_have_eagers_values_and_strides(name, door):
     function, x = OUTPUTS[name], _t(2, 3, 4, 5)
     doors = {
         "optimize": lambda: _optimized(function),
-        "training": lambda: kpx.optimize(Model(function), training=True, config=CONFIG),
+        "training": lambda: kpx.optimize(Model(function), config=CONFIG),
         "compile": lambda: torch.compile(function, backend="kpx"),
     }
     got, wanted = doors[door]()(x), function(x)

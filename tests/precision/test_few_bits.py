@@ -116,7 +116,7 @@ def test_pytorchs_backward_pass_is_told_apart_too(monkeypatch, between):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), between(), torch.nn.Linear(64, 48), torch.nn.Linear(48, 16))
     x = torch.randn(8, 32)
-    (kpx.optimize(model, training=True, config=kpx.Config.training(precision="fp8"))(x) ** 2).mean().backward()
+    (kpx.optimize(model, config=kpx.Config.training(precision="fp8"))(x) ** 2).mean().backward()
     assert seen == {"fp8": 3, "fp8 dgrad": 2, "fp8 wgrad": 3}
     given = torch.cat([p.grad.double().flatten() for p in model.parameters()])
     model.zero_grad()
