@@ -1,6 +1,6 @@
 """torch-mlir's end-to-end suite through kpx: which programs are right, wrong, or refused, and why.
 
-`python -m bench.torch_mlir PATH [--json FILE] [--only PATTERN] [--workers 2] [--seconds 120]`
+`python -m bench.torch_mlir PATH [--json FILE] [--only PATTERN] [--workers 2] [--seconds 300]`
 
 PATH is a checkout of github.com/llvm/torch-mlir; nothing of it is built, or copied. Each case runs in eager PyTorch and by
 `kpx.optimize(module)`, all its calls in order; outputs, and inputs that the program wrote, must agree in structure, shape, dtype and
@@ -52,8 +52,10 @@ def work(checkout: str) -> None:
     cases = torch_mlir_case.load(checkout)
     print(json.dumps(sorted(cases)), file=replies, flush=True)
     for line in sys.stdin:
-        verdict = torch_mlir_case.run(cases[line.strip()])
-        print(json.dumps(dataclasses.asdict(verdict)), file=replies, flush=True)
+        reply = json.dumps(dataclasses.asdict(torch_mlir_case.run(cases[line.strip()])))
+        for path in (str(pathlib.Path(checkout).resolve()), checkout.rstrip("/")):
+            reply = reply.replace(path, "torch-mlir")
+        print(reply, file=replies, flush=True)
 
 
 class _Worker:
@@ -158,11 +160,14 @@ def run_chunk(checkout: str, names: Iterable[str], seconds: float, results: Resu
 
 
 def reason_of(verdict: dict[str, Any]) -> str:
-    """Return a short reason that equal failures share: the ops without a rule, or the message without its place."""
+    """Return a short reason that equal failures share: ops without a rule, Dynamo's reason of a break, or the message."""
     text = verdict["reason"]
     if ops := re.findall(r"^  ([\w:.]+): used by", text, re.M):
-        return "no lowering rule: " + ", ".join(sorted(ops))
+        return "no lowering rule: " + ", ".join(sorted(set(ops)))
+    if verdict["verdict"] == "broken" and (reasons := re.findall(r"^    (\S.*)", text, re.M)):
+        return "; ".join(sorted(set(reasons)))[:110]
     text = re.sub(r" in `[^`]*`| \[[\w.]+:\d+\]$", "", text)
+    text = re.sub(r"`[A-Z]\w*`", "a model", text)  # the names of modules are those of cases
     return re.sub(r"\s+", " ", text)[:110]
 
 
@@ -194,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", help="a regular expression of cases' names; run again where known")
     parser.add_argument("--again", action="append", default=[], help="a verdict whose cases run again; may be repeated")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=120.0, help="the time limit of a case")
+    parser.add_argument("--seconds", type=float, default=300.0, help="the time limit of a case")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
