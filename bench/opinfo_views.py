@@ -39,8 +39,9 @@ def _stepped(x: torch.Tensor) -> torch.Tensor:
     return x[tuple(slice(None, None, 2) for _ in x.shape)]
 
 
-def _expanded(x: torch.Tensor) -> torch.Tensor:
-    dim = next((d for d, n in enumerate(x.shape) if n > 1), None)
+def _expanded(x: torch.Tensor, trailing: int = 0) -> torch.Tensor:
+    """Along the first dimension of several elements (before the last `trailing` ones), the first element throughout."""
+    dim = next((d for d, n in enumerate(x.shape[: x.ndim - trailing]) if n > 1), None)
     return x if dim is None else x.narrow(dim, 0, 1).expand(x.shape)
 
 
@@ -51,8 +52,14 @@ VIEWS: dict[str, tuple[Callable, Callable]] = {
     "sliced": (lambda x: _picked(x, _framed), _sliced),
     "stepped": (lambda x: _picked(x, _interleaved), _stepped),
     "expanded": (lambda x: x.contiguous(), _expanded),
+    # For linear algebra: a matrix of equal rows would be singular.
+    "expanded over a batch": (lambda x: x.contiguous(), lambda x: _expanded(x, 2)),
     "copied": (lambda x: _reversed(x).contiguous(), lambda x: _reversed(x).clone()),
 }
+
+
+_ON_MATRICES = ("linalg.", "cholesky", "geqrf", "inverse", "logdet", "lu", "matrix_exp", "ormqr", "pca_lowrank", "pinverse", "qr",
+                "svd", "triangular_solve")  # fmt: skip
 
 
 class Viewed:
@@ -82,8 +89,9 @@ class Viewed:
             samples = [s for s in samples if _is_wide(s)] or samples
             count = min(limit, len(samples))
             samples = [samples[i * len(samples) // count] for i in range(count)]
+        left_out = "expanded" if self._op.name.startswith(_ON_MATRICES) else "expanded over a batch"
         for sample in samples:
-            for view in VIEWS:
+            for view in [v for v in VIEWS if v != left_out]:
                 yield _based(sample, view)
 
 

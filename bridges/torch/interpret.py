@@ -241,7 +241,7 @@ def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
     assert rule is not None  # `check_supported` has looked
     with jax.named_scope(module_path(node).replace(".", "/") or "model"):
         checks.at(f"`{op}` in {_place(node)}")
-        CURRENT.set(node)
+        token = CURRENT.set(node)
         try:
             return rule(*args, **_without_defaults(kwargs))
         except KpxError as error:
@@ -253,6 +253,8 @@ def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
                 f"  inputs: {_described(args)}",
                 (node,),
             ) from error
+        finally:
+            CURRENT.reset(token)
 
 
 def _without_defaults(kwargs: dict) -> dict:

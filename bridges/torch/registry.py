@@ -51,17 +51,17 @@ def memory_layout(position: int, shape: Sequence[int]) -> tuple[int, tuple[int, 
     Raises:
         UnsupportedError: a stride is not known in terms of the graph's sizes.
     """
-    node = CURRENT.get()
-    value = None if node is None else _captured(node.args[position])
+    value = _captured(CURRENT.get(), position)
     if not isinstance(value, torch.Tensor):
         return 0, tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     return _size(value.storage_offset()), tuple(map(_size, value.stride()))
 
 
-def _captured(operand: Any) -> Any:
-    """The tensor that stood for an operand at capture, or a constant itself."""
-    if not isinstance(operand, torch.fx.Node):
+def _captured(node: Any, position: int) -> Any:
+    """The tensor that stood for a node's operand at capture, or a constant itself; None where that is not known."""
+    if node is None or not isinstance(node.args[position], torch.fx.Node):
         return None
+    operand = node.args[position]
     if operand.op == "get_attr" and "val" not in operand.meta:
         return operator.attrgetter(str(operand.target))(operand.graph.owning_module)
     return operand.meta.get("val")
