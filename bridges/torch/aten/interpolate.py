@@ -158,12 +158,13 @@ def _resized(x, taps):
     return x.astype(dtype)
 
 
-def _all_taps(spatial, output_size, align, scales, kind) -> list[_Taps]:
+def _all_taps(spatial, output_size, align, scales, kind, *, gradient: bool = False) -> list[_Taps]:
     scales = [*(scales or []), *[None] * len(spatial)]
     found = []
     for n, o, s in zip(spatial, output_size, scales, strict=False):
         if kind.startswith("nearest"):
-            found.append(_nearest(n, o, s, kind == "nearest-exact", len(spatial) == 2))
+            halves = gradient or len(spatial) == 2  # so has PyTorch it, for gradients in any dimension
+            found.append(_nearest(n, o, s, kind == "nearest-exact", halves))
         elif kind.endswith("_aa"):
             found.append(_antialiased(n, o, align, s, kind.removesuffix("_aa")))
         else:
@@ -187,7 +188,7 @@ def _register(packet: str, kind: str, has_align: bool) -> None:
 
     def backward(grad, output_size, input_size, *rest, **named):
         align, scales = split((*rest, *named.values()))
-        taps = _all_taps(input_size[2:], output_size, align, scales, kind)
+        taps = _all_taps(input_size[2:], output_size, align, scales, kind, gradient=True)
         return _resized(grad, [t.transposed(n) for t, n in zip(taps, input_size[2:], strict=True)])
 
     lowers(getattr(aten, packet).default)(resize)
