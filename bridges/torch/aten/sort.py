@@ -101,13 +101,15 @@ def mode(x, dim=-1, keepdim=False):
         return x, jnp.zeros((), jnp.int64)
     dim = axis(x, dim)
     moved = jnp.moveaxis(x, dim, -1)
-    # Sorted, NaN last: of equal counts argmax takes the first, and so does PyTorch. NaN equals nothing, once itself.
     ordered = jnp.sort(moved, -1)
-    counts = jnp.sum(ordered[..., :, None] == ordered[..., None, :], -1)
-    first = jnp.argmax(jnp.maximum(counts, 1), -1, keepdims=True)
-    value = jnp.take_along_axis(ordered, first, -1)
-    length, same = moved.shape[-1], (moved == value) | ((moved != moved) & (value != value))
-    place = length - 1 - jnp.argmax(jnp.flip(same, -1), -1, keepdims=True)
+    counts = jnp.sum(ordered[..., :, None] == ordered[..., None, :], -1)  # NaN equals nothing
+    value = jnp.take_along_axis(ordered, jnp.argmax(counts, -1, keepdims=True), -1)
+    place = moved.shape[-1] - 1 - jnp.argmax(jnp.flip(moved == value, -1), -1, keepdims=True)
+    if is_float(x):  # PyTorch takes the first NaN where no value stands twice
+        is_nan = jnp.isnan(moved)
+        takes_nan = is_nan.any(-1, keepdims=True) & (counts.max(-1, keepdims=True) <= 1)
+        value = jnp.where(takes_nan, jnp.asarray(jnp.nan, x.dtype), value)
+        place = jnp.where(takes_nan, jnp.argmax(is_nan, -1, keepdims=True), place)
     value, place = jnp.moveaxis(value, -1, dim), jnp.moveaxis(place, -1, dim).astype(jnp.int64)
     return (value, place) if keepdim else (value.squeeze(dim), place.squeeze(dim))
 
