@@ -20,6 +20,7 @@ Z = torch.complex(X, Y)
 BAGGED, OFFSETS = torch.tensor([0, 2, 1, 1, 0]), torch.tensor([0, 2, 2])
 SMALL = torch.tensor([-128, 127, 5, -3, 100, 1], dtype=torch.int8)
 SHIFTS = torch.tensor([1, -1, 7, 8, 0, 100], dtype=torch.int8)
+_RESIZED = {1: IMAGE[0], 2: IMAGE, 3: IMAGE[None]}
 NEAREST = ("upsample_nearest", "_upsample_nearest_exact")
 POLYNOMIALS = [
     *(f"{shifted}chebyshev_polynomial_{letter}" for shifted in ("", "shifted_") for letter in "tuvw"),
@@ -65,6 +66,10 @@ MORE = {
     aten.scatter.value_reduce: [((X, 0, N[:2].abs() % 3, 2.0), {"reduce": "multiply"})],
     aten.repeat_interleave.Tensor: [((torch.tensor([1, 2, 0]),), {"output_size": 3})],
     aten.replication_pad3d_backward.default: [(_t(1, 1, 4, 4, 4), _t(1, 1, 3, 3, 2), [1, 1, 0, 1, 1, 0])],
+    **{getattr(aten, f"{n}{d}d").default: [(_RESIZED[d], [5, 13, 6][:d]), (_RESIZED[d], [18, 17, 9][:d], *[2.05] * d)] for n in NEAREST for d in (1, 2, 3)},
+    **{getattr(aten, f"{n}{d}d").vec: [(_RESIZED[d], [5, 13, 6][:d], None), (_RESIZED[d], None, [1.5] * d)] for n in NEAREST for d in (1, 2, 3)},
+    **{getattr(aten, f"upsample_{n}{d}d").vec: [(_RESIZED[d], [5, 13, 6][:d], False, None), (_RESIZED[d], None, True, [1.5] * d)] for n, d in (("linear", 1), ("bilinear", 2), ("trilinear", 3), ("bicubic", 2))},
+    **{getattr(aten, f"_upsample_{n}2d_aa").vec: [(IMAGE, [5, 13], False, None), (IMAGE, None, False, [1.5, 0.5])] for n in ("bilinear", "bicubic", "lanczos")},
     aten._upsample_bicubic2d_aa.default: [(IMAGE, [5, 4], False)],
     aten._upsample_bicubic2d_aa_backward.default: [(IMAGE[..., :5, :4], [5, 4], [2, 4, 9, 8], False)],
     aten._upsample_lanczos2d_aa.default: [(IMAGE, [5, 4], False)],
