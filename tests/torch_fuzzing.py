@@ -13,7 +13,7 @@ import torch
 
 import kpx
 from kpx.errors import CaptureError, UnsupportedError
-from tests import torch_steps  # noqa: F401  (registers the steps)
+from tests import torch_steps, torch_writes  # noqa: F401  (they register the steps)
 from tests.torch_programs import Program, as_module, source
 
 CONFIG = kpx.Config(measure_seconds=0)
