@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kpx.bridges.torch.registry import RULES
-from tests.torch_fuzzing import Case, case_of, check, run, shrink
+from tests.torch_fuzzing import SUMMED_ZERO, Case, Outcome, case_of, check, run, shrink
 from tests.torch_programs import Program
 
 # Of what PyTorch refuses itself (an in-place op before a gradient), nothing can be said.
@@ -32,7 +32,7 @@ def _case(lines, returned, door="optimize"):
     program.bases, program.inputs = [], []
     for tensor in (torch.tensor([-0.0, 1.0, float("nan"), -2.0]), torch.tensor([0.0, 3.0, 0.5, -1.0])):
         program.add_input(tensor)
-    program._errors = dict.fromkeys([*returned, "a0", "a1"], 0.0)
+    program._errors, program._unsigned = dict.fromkeys([*returned, "a0", "a1"], 0.0), set()
     return Case(program, door, list(lines), list(returned))
 
 
@@ -72,3 +72,16 @@ def test_what_pytorch_cannot_capture_itself_counts_for_nothing():
     case = case_of(0, door="compile")
     case.lines, case.returned = ["v0 = a0 @ a0 @ a0 @ 'x'"], ["v0"]
     assert run(case).kind == "invalid"
+
+
+def test_a_zero_whose_sign_nothing_defines_is_explained_by_a_row_of_the_table():
+    case = _case(["v0 = a0 + 0.0"], ["v0"])
+    assert run(case).kind == "wrong"
+    case.program._errors["v0"], case.program._unsigned = torch.finfo(torch.float32).eps, {"v0"}
+    assert run(case) == Outcome("explained", [SUMMED_ZERO])
+
+
+def test_an_outcome_that_another_run_does_not_have_is_unstable(monkeypatch):
+    runs = iter([lambda x: -x + 1, *[lambda x: -x] * 9])
+    monkeypatch.setitem(RULES, torch.ops.aten.neg.default, lambda x: next(runs)(x))
+    assert run(_case(["v0 = a0.neg()"], ["v0"])).kind == "unstable"
