@@ -55,6 +55,7 @@ class Engine:
         self._dynamic = dynamic
         self._compiled: Any = None
         self._reason: str | None = None  # why the last capture was not the first
+        self._global_hooks: tuple = ()  # when the capture began: Dynamo does not guard that there are none
         self._history = settings.history or ShapeHistory(settings.label.strip("`"))
         self._lock = threading.RLock()  # for models that write their own state
 
@@ -69,7 +70,7 @@ class Engine:
         if internals.is_tracing_elsewhere():
             return self._frame(self.model, args, kwargs)
         fork.check()
-        if self._compiled is None:
+        if self._compiled is None or self._global_hooks != internals.global_hooks():
             with self._lock:
                 self._start()
         if self.settings.runs and not self.settings.writes_state:
@@ -85,8 +86,12 @@ class Engine:
             self.settings.clear()
 
     def _start(self) -> None:
+        hooks = internals.global_hooks()
         if self._compiled is not None:
-            return
+            if self._global_hooks == hooks:
+                return
+            self.reset()
+        self._global_hooks = hooks
         from kpx.bridges.torch.dynamo import compile_with
 
         own = weakref.ref(self)

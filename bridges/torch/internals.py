@@ -88,6 +88,16 @@ def _has_sign(sign: float, value: Any) -> bool:
     return type(value) is float and math.copysign(1.0, value) == sign
 
 
+def global_hooks() -> tuple:
+    """Return the hooks that are registered on calls of all modules."""
+    module = torch.nn.modules.module
+    dicts = (
+        module._global_forward_hooks, module._global_forward_pre_hooks,
+        module._global_backward_hooks, module._global_backward_pre_hooks,
+    )  # fmt: skip
+    return tuple(itertools.chain.from_iterable(map(dict.values, dicts)))
+
+
 def graph_breaks() -> list[Any]:
     """Return the graph breaks that Dynamo has met in this process: `reason` and `user_stack` of each."""
     from torch._dynamo import output_graph, utils

@@ -7,7 +7,7 @@ import random
 import torch
 
 from tests.bridges.state import models
-from tests.bridges.state.registry import Inapplicable, Shared, Side, dtype_of, mutation, normal, pick, shared
+from tests.bridges.state.registry import Inapplicable, Shared, Side, dtype_of, mutation, normal, pick, shared, unguarded
 
 # Mode ------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ def class_attribute(both: Shared, rng: random.Random) -> None:
     both.set_attribute(models.Adjustable, "class_gain", rng.choice([0.5, 2.0, 3.0]))
 
 
-@shared
+@unguarded
 def subclass_attribute(both: Shared, rng: random.Random) -> None:
     both.set_attribute(type(both.sides[0].model), "polarity", rng.choice([-1, 1, 2]))
 
@@ -234,7 +234,7 @@ def doubled_finish(self, x, y, source):
     return self.result(x * 2, y, source)
 
 
-@shared
+@unguarded
 def class_method(both: Shared, rng: random.Random) -> None:
     both.set_attribute(type(both.sides[0].model), "finish", doubled_finish)
 

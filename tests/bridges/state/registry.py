@@ -24,7 +24,7 @@ class Side:
         call: what is called; the module itself in eager PyTorch.
         log: what hooks record.
         handles: removable handles of hooks.
-        is_foreign: `call` is `torch.compile`'s wrapper, whose state has names of its own.
+        is_foreign: it is called through `torch.compile`, whose wrapper's state has names of its own.
     """
 
     model: torch.nn.Module
@@ -101,11 +101,16 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """A kind of mutation: of each side, or of what both share."""
+    """A kind of mutation: of each side, or of what both share.
+
+    Attributes:
+        is_guarded: Dynamo sees it. What it does not see is PyTorch's own limit, and is drawn on demand alone.
+    """
 
     name: str
     apply: Callable[[Any, random.Random], None]
     of_shared: bool
+    is_guarded: bool = True
 
 
 MUTATIONS: dict[str, Mutation] = {}
@@ -120,6 +125,12 @@ def mutation(function: Callable[[Side, random.Random], None]) -> Callable[[Side,
 def shared(function: Callable[[Shared, random.Random], None]) -> Callable[[Shared, random.Random], None]:
     """Register a mutation of what both sides share, applied once."""
     MUTATIONS[function.__name__] = Mutation(function.__name__, function, True)
+    return function
+
+
+def unguarded(function: Callable[[Shared, random.Random], None]) -> Callable[[Shared, random.Random], None]:
+    """Register a mutation of what both sides share that Dynamo does not guard."""
+    MUTATIONS[function.__name__] = Mutation(function.__name__, function, True, is_guarded=False)
     return function
 
 
