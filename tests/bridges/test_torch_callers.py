@@ -112,6 +112,7 @@ def test_sentence_transformer_encodes_with_a_model_optimized_in_place(tokenizer,
     torch.testing.assert_close(torch.as_tensor(model.encode(SENTENCES)), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_trainer_trains_a_model_optimized_in_place_as_eager(tokenizer, tmp_path):
     pytest.importorskip("accelerate", reason="not run: the Trainer needs the package accelerate")
     rows = [dict(tokenizer(text), labels=i % 3) for i, text in enumerate(SENTENCES * 2)]
