@@ -144,7 +144,6 @@ RESTRIDED = {
     "nothing": lambda x: (x + 1).as_strided((0, 3), (1, 1)),
     "a copy": lambda x: torch.as_strided_copy(x.t(), (3, 2), (5, 2), 1),
     "a scatter": lambda x: torch.as_strided_scatter(x.detach().t() * 2, x[:2, :2], (2, 2), (7, 1), 3),
-    "a scatter beside a slice": lambda x: torch.as_strided_scatter(x.detach()[1:, 1:], x[:2, :3], (2, 3), (2, 1), 3),
     "a write": _written(lambda y: y.as_strided((3,), (6,), 1).fill_(9.0)),
     "slices of equal strides": lambda x: [torch.as_strided_copy(c, (2, 2), (5, 1)) for c in (x[:, :2], x[:, 2:4])],
 }
@@ -169,7 +168,7 @@ def test_as_strided_has_eagers_gradient_on_any_operand():
 
 
 def test_as_strided_outside_of_its_operand_is_refused():
-    with pytest.raises(UnsupportedError, match="reads memory outside of its operand"):
+    with pytest.raises(UnsupportedError, match="reads or writes memory outside of its operand"):
         _optimized(lambda x: torch.cos(x).as_strided((5, 5), (5, 1)))(_t(4, 5))
 
 

@@ -89,7 +89,7 @@ class _Memory:
         if inside:
             return start
         raise UnsupportedError(
-            f"`as_strided` to size {tuple(size)}, stride {tuple(stride)} and offset {offset} reads memory "
+            f"`as_strided` to size {tuple(size)}, stride {tuple(stride)} and offset {offset} reads or writes memory "
             f"outside of its operand, which has size {tuple(self._shape)}, stride {tuple(self._stride)} and offset "
             f"{self._offset}: a compiled program has the operand's elements alone. Apply it to the tensor that the "
             "operand is a view of, or write it with indexing, `unfold` or `expand`."
@@ -138,15 +138,14 @@ def as_strided(x, size, stride, storage_offset=None):
 
 @lowers(aten.as_strided_scatter.default, prims.as_strided_scatter.default)
 def as_strided_scatter(x, src, size, stride, storage_offset=None):
-    """The operand with `src` written into its memory by strides; what is written beside its elements is dropped."""
+    """The operand with `src` written into its memory by strides."""
     offset, strides = memory_layout(0, x.shape)
     if not math.prod(size):
         return x
     memory = _Memory(x, strides, offset)
-    where = _positions(size, stride, (offset if storage_offset is None else storage_offset) - offset)
-    where = jnp.where(where < 0, memory.values.size, where)
-    src = jnp.broadcast_to(src.astype(x.dtype), tuple(size))
-    return memory.tensor(memory.values.at[where].set(src, mode="drop"))
+    start = memory.start(size, stride, offset if storage_offset is None else storage_offset)
+    where = _positions(size, stride, start)
+    return memory.tensor(memory.values.at[where].set(jnp.broadcast_to(src.astype(x.dtype), tuple(size))))
 
 
 # Diagonals -------------------------------------------------------------------------------------
