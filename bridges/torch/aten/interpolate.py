@@ -65,10 +65,10 @@ class _Taps:
         counts = np.bincount(inputs, minlength=size)
         slots = np.arange(order.size) - np.repeat(np.cumsum(counts) - counts, counts)
         shape = (size, max(int(counts.max(initial=0)), 1))
-        found = _Taps(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, bool))
+        places, scales, valid = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape, bool)
         at = inputs[order], slots
-        found.places[at], found.weights[at], found.valid[at] = outputs[order], weights[order], True
-        return found
+        places[at], scales[at], valid[at] = outputs[order], weights[order], True
+        return _Taps(places, scales, valid)
 
 
 def _copies(places) -> _Taps:
