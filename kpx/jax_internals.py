@@ -6,6 +6,7 @@ Written for jax 0.10.2 to 0.11, and tested against what it replaces.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,20 @@ def is_tracing() -> bool:
 def has_backend() -> bool:
     """Return whether JAX has started a client in this process, and with it threads."""
     return _xla_bridge.backends_are_initialized()
+
+
+def keep_threads() -> None:
+    """Keep JAX's clients, executables and MLIR's threads alive beyond the end of this process.
+
+    Their destructors wait for threads, which a forked process does not have: it would never exit.
+    """
+    from jax._src.interpreters import mlir
+
+    owners = [pool for pool in (getattr(mlir, "global_thread_pool", None),) if pool is not None]
+    for client in _xla_bridge._backends.values():
+        owners += [client, *client.live_executables()]
+    for owner in owners:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 def compute_in_callers_thread() -> None:

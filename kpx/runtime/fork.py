@@ -17,6 +17,8 @@ def _before() -> None:
 
 def _after_in_child() -> None:
     global _is_forked
+    if _had_backend and not _is_forked:
+        jax_internals.keep_threads()
     _is_forked = _is_forked or _had_backend
 
 

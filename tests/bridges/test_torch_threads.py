@@ -300,3 +300,23 @@ def test_spawned_child_optimizes_the_same_model(tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(_SPAWN)
     subprocess.run([sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=240)
+
+
+_EXIT = """
+import faulthandler, os, sys
+import torch, kpx
+optimized = kpx.optimize(torch.nn.Linear(8, 8))
+optimized(torch.ones(2, 8))
+child = os.fork()
+if child == 0:
+    faulthandler.dump_traceback_later(60, exit=True)  # a deadlock ends as exit code 1
+    sys.exit(5)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_forked_child_exits():
+    """The destructor of JAX's client would wait for threads that the child does not have."""
+    command = [sys.executable, "-c", _EXIT]
+    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=240)
+    assert result.returncode == 5, result.stderr.decode()[-2000:]
