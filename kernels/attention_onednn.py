@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kpx.hardware import cpu
 from kpx.kernels import onednn
 from kpx.kernels.attention import attention_kernel, named
 from kpx.kernels.visible import narrowed
@@ -31,6 +32,8 @@ def _supports(
         jnp.dtype(jnp.bfloat16)
     }:
         return "it takes f32 and bf16, and one dimension before the heads or none"
+    if query.dtype == jnp.bfloat16 and not cpu.has_wide_vectors():
+        return "oneDNN has no bf16 kernels for a CPU without AVX-512"
     if len({a.dtype for a in (query, key, value)}) > 1 or key.shape[-2] > _MOST_KEYS:
         return f"it takes one dtype, and {_MOST_KEYS} keys at most"
     return None

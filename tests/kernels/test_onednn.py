@@ -166,7 +166,7 @@ def test_a_residual_network_adds_inside_its_convolutions():
     assert "stablehlo.add" not in text
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=BF16.marks)])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 2, 37, 53, 16, 24), (1, 2, 2, 700, 700, 32, 32), (3, 2, 1, 16, 300, 64, 8),
                                    (1, 1, 1, 40, 8000, 16, 16)], ids=str)  # fmt: skip
@@ -191,7 +191,8 @@ def test_attention_is_as_near_to_f64_as_its_plain_form(shape, causal, mask, dtyp
         wide = [np.asarray(a).astype(np.float64) if a.dtype != bool else np.asarray(a) for a in given]
         reference = attention_kernel.decomposition(*map(jnp.asarray, wide), **options)
     assert ours.dtype == plain.dtype
-    assert_closer(ours, plain, reference, relative=1e-6 if dtype == jnp.float32 else 4e-3)
+    rounding = 1e-6 * max(1.0, (keys / 2000) ** 0.5)  # of sums over the keys
+    assert_closer(ours, plain, reference, relative=rounding if dtype == jnp.float32 else 4e-3)
 
 
 def test_attention_that_sees_nothing_is_zero_and_nan_stays_in_its_row():
