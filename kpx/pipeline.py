@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpx.config import Config
+from kpx.hardware import cpu
 from kpx.ir import module as m
 from kpx.ir.module import ir, stablehlo
 from kpx.ir.rewrite import Fuel, Report, Rewrite, apply_rewrites
@@ -192,7 +193,8 @@ def _lower(module: ir.Module, context: Context, *, convolutions: bool) -> None:
     asked = context.config.precision
     assert asked is not None  # else there is no such stage
     assert not isinstance(asked, Budget)  # which became a policy at the front door
-    features = context.features if _has_onednn(module, context) else context.features - {"onednn"}
+    is_exact = _has_onednn(module, context) and cpu.has_int8_products()
+    features = context.features if is_exact else context.features - {"onednn"}
     given = policy(asked), context.device, features, context.fuel
     counts, emulated = lowered_precision.lower(module, *given, convolutions=convolutions)
     context.emulated |= emulated

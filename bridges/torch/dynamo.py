@@ -41,6 +41,12 @@ def decompositions() -> dict:
     return {op: f for op, f in table.items() if op not in kept}
 
 
+@functools.cache
+def _kept_whole() -> tuple:
+    """Return the operators with a rule that PyTorch would decompose before it asks `decompositions`."""
+    return tuple(op for op in RULES if isinstance(op, torch._ops.OpOverload) and "upsample" in op.name())
+
+
 def compilers(settings: Settings) -> dict[str, Any]:
     """Return AOTAutograd's options: compilers of the graphs, how to partition them, what to decompose."""
 
@@ -122,7 +128,7 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
     settings.writes_state = settings.writes_state or internals.writes_python_state()
     correct_writes(graph)
     try:
-        with tangent_layouts(graph):
+        with tangent_layouts(graph), internals.without_python_kernels(_kept_whole()):
             compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
     except RuntimeError as error:
         if (refused := refusal(error)) is None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import math
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 _numbers = itertools.count()
+_python_kernels = threading.RLock()
 
 
 def own_code(function: types.FunctionType) -> types.FunctionType:
@@ -141,3 +144,25 @@ def writes_python_state() -> bool:
         for value in effects.id_to_variable.values()
         if not type(value.mutation_type).__name__.endswith("New")
     )
+
+
+@contextlib.contextmanager
+def without_python_kernels(ops: Iterable[Any]) -> Iterator[None]:
+    """Have PyTorch trace operators whole that it decomposes in Python before a decomposition table is asked.
+
+    Of these, `upsample_nearest2d` for example, the decomposition computes other numbers than the operator itself.
+    """
+    keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+    removed = []
+    with _python_kernels:
+        for op in ops:
+            kernels = {key: op.py_kernels.pop(key) for key in keys if key in op.py_kernels}
+            if kernels:
+                op._dispatch_cache.clear()
+                removed.append((op, kernels))
+        try:
+            yield
+        finally:
+            for op, kernels in removed:
+                op.py_kernels.update(kernels)
+                op._dispatch_cache.clear()

@@ -28,7 +28,11 @@ _WRITES = {getattr(operator, name) for name in dir(operator) if name.startswith(
 _WRITES |= {operator.iand, operator.ior, operator.setitem}
 
 # What PyTorch says of writes that it cannot make functional.
-_REFUSALS = ("is not possible to functionalize properly", "a tensor being mutated that has internal overlap")
+_REFUSALS = (
+    "is not possible to functionalize properly",
+    "a tensor being mutated that has internal overlap",
+    "operator whose output has alias annotations",
+)
 
 
 def correct_writes(module: torch.fx.GraphModule) -> dict[str, str]:

@@ -32,6 +32,14 @@ def has_wide_vectors() -> bool:
     return "avx512f" in features()
 
 
+def has_int8_products() -> bool:
+    """Return whether the CPU multiplies bytes into 32-bit sums (VNNI, AMX).
+
+    Without, oneDNN adds pairs of products in 16 bits, which saturates: the results are wrong, and not just rounded.
+    """
+    return bool(features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
 def compiler_options(has_convolutions: bool, has_arctangents: bool, wide_vectors: bool) -> dict[str, str]:
     """XLA:CPU options for a module.
 

@@ -225,7 +225,10 @@ class _Call(torch.nn.Module):
 def test_an_op_gives_what_pytorch_gives(op, args, kwargs):
     tensors = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
     wanted = torch.utils._pytree.tree_leaves(op(*args, **kwargs))
-    got = torch.utils._pytree.tree_leaves(kpx.optimize(_Call(op, args, kwargs))(*tensors))
+    # AOTAutograd makes no views of prims functional, which torch.export's decompositions are.
+    model, is_prim = _Call(op, args, kwargs), str(op).startswith("prims.")
+    call = kpx.compile(model, *tensors) if is_prim else kpx.optimize(model, fullgraph=True)
+    got = torch.utils._pytree.tree_leaves(call(*tensors))
     for w, g in zip(wanted, got, strict=True):
         assert (g.dtype, g.shape) == (w.dtype, w.shape)
         loose = 2e-2 if w.dtype == torch.bfloat16 else 2e-5

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import kpx
+from kpx.hardware import cpu
 from kpx.ir import cost
 from kpx.ir import module as m
 from kpx.kernels import onednn
@@ -13,6 +14,10 @@ from kpx.passes.layers import Run, runs
 from tests.reference import assert_closer
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason=f"oneDNN cannot be called: {onednn.missing()}")
+BF16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(not cpu.has_wide_vectors(), reason="not run: oneDNN has no bf16 on this CPU"),
+)
 X = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
 
 
@@ -59,7 +64,7 @@ def _run(model, *inputs, **config):
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("count", [4, 5, 9])
 def test_a_loop_of_layers_gives_what_the_layers_give(count, dtype):
     model, x = _model(count).to(dtype), X.to(dtype)
