@@ -44,7 +44,9 @@ def decompositions() -> dict:
 @functools.cache
 def _kept_whole() -> tuple:
     """Return the operators with a rule that PyTorch would decompose before it asks `decompositions`."""
-    return tuple(op for op in RULES if isinstance(op, torch._ops.OpOverload) and "upsample" in op.name())
+    autograd, dropout = torch._C.DispatchKey.Autograd, torch.ops.aten.dropout.default
+    ops = [op for op in RULES if isinstance(op, torch._ops.OpOverload) and op is not dropout]
+    return tuple(op for op in ops if autograd in op.py_kernels)
 
 
 def compilers(settings: Settings) -> dict[str, Any]:
