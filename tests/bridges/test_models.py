@@ -34,7 +34,16 @@ def test_a_model_is_as_close_to_f64_as_eager_is(name, dtype):
         assert_closer(ours_.double(), eager_.double(), reference_, relative=slack)
 
 
-def test_a_cache_among_the_outputs_is_refused_with_its_remedy():
+def test_a_cache_among_the_outputs_is_refused_ahead_with_its_remedy():
     model, inputs = CASES["gpt2"].make(small=True)
     with pytest.raises(kpx.CaptureError, match=r"DynamicCache.*\n.*pass `use_cache=False`"):
-        kpx.optimize(model)(**inputs, use_cache=True)
+        kpx.compile(model, **inputs, use_cache=True)
+
+
+def test_a_cache_among_the_outputs_of_a_call_is_the_models_own():
+    model, inputs = CASES["gpt2"].make(small=True)
+    with torch.no_grad():
+        got, wanted = kpx.optimize(model)(**inputs, use_cache=True), model(**inputs, use_cache=True)
+    assert type(got.past_key_values) is type(wanted.past_key_values)
+    ours, eager = (output.past_key_values.layers[-1].keys for output in (got, wanted))
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
