@@ -75,6 +75,7 @@ def gradient_of_chunk(op: Any, name: str, samples: list[Any]) -> list[str | None
     # The gradient of a draw is that draw's own: tests of dropout cover it.
     samples = [s for s in samples if not is_random(op, name, s)]
     samples = [s for s in samples if _differentiable(_leaves(s)) and _has_gradient(op, s)]
+    samples = _with_inputs_of_their_own(samples)
     if not samples:
         return []
     positions, tensors = [], []
@@ -99,6 +100,25 @@ def gradient_of_chunk(op: Any, name: str, samples: list[Any]) -> list[str | None
         reasons = (disagreement(g, w, e) for g, w, e in zip(ours, wanted, exact, strict=True))
         found.append(next((f"gradient: {r}" for r in reasons if r), None))
     return found
+
+
+def _with_inputs_of_their_own(samples: Sequence[Any]) -> list[Any]:
+    """Return samples that share no tensor with each other, whose gradients one backward pass would add up."""
+    seen: set[int] = set()
+    apart = []
+    for sample in samples:
+        if any(id(x) in seen for x in _leaves(sample)):
+            copies: dict[int, torch.Tensor] = {}
+
+            def copied(x: Any, copies: dict[int, torch.Tensor] = copies) -> Any:
+                if not isinstance(x, torch.Tensor):
+                    return x
+                return copies.setdefault(id(x), x.detach().clone().requires_grad_(x.requires_grad))
+
+            sample = sample.transform(copied)
+        seen |= {id(x) for x in _leaves(sample)}
+        apart.append(sample)
+    return apart
 
 
 def _has_gradient(op: Any, sample: Any) -> bool:

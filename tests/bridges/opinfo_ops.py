@@ -103,7 +103,6 @@ OPINFO = {
     "nn.functional.conv1d": ["aten.convolution.default", "aten.convolution_backward.default"],
     "nn.functional.binary_cross_entropy": ["aten.binary_cross_entropy.default"],
     "nn.functional.multilabel_margin_loss": ["aten.multilabel_margin_loss_forward.default"],
-    "nn.functional.one_hot": ["aten.one_hot.default"],
     "nn.functional.embedding": ["aten.embedding_dense_backward.default", "aten.embedding_renorm.default"],
     "nn.functional.embedding_bag": [
         "aten._embedding_bag.default",

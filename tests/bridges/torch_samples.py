@@ -118,6 +118,7 @@ MORE = {
     aten.conv_tbc.default: [(_t(7, 2, 4), _t(3, 4, 5), _t(5), 1), (_t(7, 2, 4), _t(2, 4, 5), _t(5))],
     aten.conv_tbc_backward.default: [(_t(7, 2, 5), _t(7, 2, 4), _t(3, 4, 5), _t(5), 1)],
     aten._index_put_impl.default: [(X, [torch.tensor([0, 2])], V), (X, [None, torch.tensor([1, 1])], V[:1], True)],
+    aten.one_hot.default: [(torch.tensor([0, 2, 1]), 4), (torch.tensor([[3, 0]]), 5)],
     aten.bincount.default: [(N.abs().flatten(), None, 5), (N.abs().flatten(), X.flatten(), 7), (N.abs().flatten(), X.flatten().half(), 5)],
     prims.collapse.default: [(IMAGE, 1, 2), (IMAGE, 0, 3), (torch.tensor(2.0), 0, 0)],
     prims.collapse_view.default: [(IMAGE, 1, 2)],
