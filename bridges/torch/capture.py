@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from torch._decomp import decomposition_table
 
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch.decompose import OWN, decompose_apart
+from kpx.bridges.torch.internals import without_python_kernels
 from kpx.bridges.torch.interpret import is_known
 from kpx.bridges.torch.registry import RULES
 from kpx.bridges.torch.writes import correct_writes, refusal
@@ -38,7 +40,7 @@ def capture(
         CaptureError: the model's Python depends on values of its tensors, or export refused it.
     """
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _lazy_code():
+        with torch.no_grad(), warnings.catch_warnings(), _lazy_code(), without_python_kernels(kept_whole()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
             return decomposed(program)
@@ -46,6 +48,14 @@ def capture(
         if (refused := refusal(error)) is not None:
             raise refused from error
         raise CaptureError(_explained(model, error)) from error
+
+
+@functools.cache
+def kept_whole() -> tuple:
+    """Return the operators with a rule that PyTorch would decompose before it asks `decompositions`."""
+    autograd, dropout = torch._C.DispatchKey.Autograd, torch.ops.aten.dropout.default
+    ops = [op for op in RULES if isinstance(op, torch._ops.OpOverload) and op is not dropout]
+    return tuple(op for op in ops if autograd in op.py_kernels)
 
 
 def _lazy_code() -> contextlib.AbstractContextManager:

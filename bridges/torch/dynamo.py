@@ -21,6 +21,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kpx.bridges.torch import internals, joint
+from kpx.bridges.torch.capture import kept_whole
 from kpx.bridges.torch.decompose import OWN
 from kpx.bridges.torch.graphs import CompiledGraph, Settings, boxed, written_inputs
 from kpx.bridges.torch.outputs import tangent_layouts
@@ -39,14 +40,6 @@ def decompositions() -> dict:
     # Constants are lifted before they are fake: decomposed, those ops would meet real tensors.
     kept = {*RULES, torch.ops.aten.lift.default, torch.ops.aten.lift_fresh.default}
     return {op: f for op, f in table.items() if op not in kept}
-
-
-@functools.cache
-def _kept_whole() -> tuple:
-    """Return the operators with a rule that PyTorch would decompose before it asks `decompositions`."""
-    autograd, dropout = torch._C.DispatchKey.Autograd, torch.ops.aten.dropout.default
-    ops = [op for op in RULES if isinstance(op, torch._ops.OpOverload) and op is not dropout]
-    return tuple(op for op in ops if autograd in op.py_kernels)
 
 
 def compilers(settings: Settings) -> dict[str, Any]:
@@ -130,7 +123,7 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
     settings.writes_state = settings.writes_state or internals.writes_python_state()
     correct_writes(graph)
     try:
-        with tangent_layouts(graph), internals.without_python_kernels(_kept_whole()):
+        with tangent_layouts(graph), internals.without_python_kernels(kept_whole()):
             compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
     except RuntimeError as error:
         if (refused := refusal(error)) is None:

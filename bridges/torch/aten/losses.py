@@ -43,7 +43,7 @@ def binary_cross_entropy(x, target, weight=None, reduction=_MEAN):
 @lowers(aten.multilabel_margin_loss_forward.default)
 def multilabel_margin_loss(x, target, reduction):
     """A row's labels end at its first -1; what follows counts for nothing."""
-    checks.in_range(target, -1, x.shape[-1], x.ndim - 1)
+    checks.in_range(target, -1, x.shape[-1] if x.ndim else 1, max(x.ndim - 1, 0))
     rows, labels = jnp.atleast_2d(x), jnp.atleast_2d(target)
     classes = rows.shape[-1]
     counts = jnp.cumsum(labels < 0, -1) == 0
