@@ -271,7 +271,7 @@ def _is_near(g: torch.Tensor, w: torch.Tensor, error: float) -> torch.Tensor:
 
 
 def _is_closer(g: torch.Tensor, w: torch.Tensor, r: torch.Tensor, error: float) -> torch.Tensor:
-    """Whether a value is no farther from the f64 reference than eager's, or within its own rounding of it."""
+    """Return whether a value is no farther from the f64 reference than eager's, or within its own rounding of it."""
     own = _ULPS * error * r.abs()
     return (g.double() - r).abs() <= torch.maximum(1.1 * (w.double() - r).abs(), own)
 
@@ -318,7 +318,7 @@ def _same(a: Outcome, b: Outcome) -> bool:
 
 
 def _is_needed(case: Case, i: int) -> bool:
-    """Whether a line defines what is used later."""
+    """Return whether a line defines what is used later."""
     defined = re.match(r"(v\d+) = ", case.lines[i])
     later = " ".join([*case.lines[i + 1 :], *case.returned])
     return bool(defined and re.search(rf"\b{defined[1]}\b", later))

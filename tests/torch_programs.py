@@ -357,7 +357,7 @@ def _addresses(tensor: torch.Tensor) -> list[int]:
 
 
 def _is_defined(line: Line) -> bool:
-    """Whether a write's result is defined: no element lies twice, and none is read at another place of the target."""
+    """Return whether a write's result is defined: no element lies twice, and none is read at another place of the target."""
     assert line.writes is not None
     written = _addresses(line.writes.tensor)
     if len(set(written)) < len(written):

@@ -88,7 +88,7 @@ def write_with(p: Program):
 
 
 def _holds(x: Value, y: Value) -> bool:
-    """Whether copying a value into another is defined: no NaN, inf or large float becomes an integer."""
+    """Return whether copying a value into another is defined: no NaN, inf or large float becomes an integer."""
     if x.is_float or not y.is_float or x.tensor.dtype == torch.bool:
         return True
     t, bounds = y.tensor.double(), torch.iinfo(x.tensor.dtype)

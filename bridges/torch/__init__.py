@@ -32,7 +32,7 @@ __all__ = [
 
 
 def accepts(model: Any) -> bool:
-    """Whether this bridge takes a model."""
+    """Return whether this bridge takes a model."""
     return isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
 
 

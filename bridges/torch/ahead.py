@@ -55,7 +55,7 @@ class _Entry:
         return True
 
     def is_current(self) -> bool:
-        """Whether the weights are as they were, or could be read again."""
+        """Return whether the weights are as they were, or could be read again."""
         return not self.weights.changed() or self.load()
 
     def __call__(self, leaves: list[Any]) -> Any:

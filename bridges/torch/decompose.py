@@ -71,7 +71,7 @@ def decompose_apart(
 
 
 def _is_plain(node: torch.fx.Node) -> bool:
-    """Whether a node computes values of fixed sizes from others, and does nothing else."""
+    """Return whether a node computes values of fixed sizes from others, and does nothing else."""
     op, values = node.target, pytree.tree_leaves(node.meta.get("val"))
     if any(
         isinstance(v, torch.Tensor) and not all(isinstance(n, int) for n in (*v.shape, *v.stride())) for v in values
@@ -99,14 +99,14 @@ def _pure(node: torch.fx.Node) -> Any:
 
 
 def _is_fresh(node: Any) -> bool:
-    """Whether a node is an array that nothing shares memory with: no input, no view, nor is a view of it taken."""
+    """Return whether a node is an array that nothing shares memory with: no input, no view, nor is a view of it taken."""
     if node.op != "call_function" or _shares_memory(node):
         return False
     return all(user.op == "call_function" and not _shares_memory(user, but=node) for user in node.users)
 
 
 def _shares_memory(node: torch.fx.Node, but: torch.fx.Node | None = None) -> bool:
-    """Whether what a node gives may lie where what it was given does; not counting writes into a node that is named."""
+    """Return whether what a node gives may lie where what it was given does; not counting writes into a node that is named."""
     op = node.target
     if op is operator.getitem:
         return True
@@ -119,7 +119,7 @@ def _shares_memory(node: torch.fx.Node, but: torch.fx.Node | None = None) -> boo
 
 
 def _gives_the_same_kind(pure: Any, node: torch.fx.Node) -> bool:
-    """Whether an op gives an array like that which a node writes: written in place, a sum takes the type of what it is
+    """Return whether an op gives an array like that which a node writes: written in place, a sum takes the type of what it is
     added to."""
     args, kwargs = _arguments(node)
     written = args[0]

@@ -138,7 +138,7 @@ def _check_effects(signature: Any) -> None:
 
 
 def takes(program: torch.export.ExportedProgram, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether inputs have the sizes that a program with symbolic ones was captured for."""
+    """Return whether inputs have the sizes that a program with symbolic ones was captured for."""
     values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
     wanted = [values[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     wanted = [v for v in wanted if isinstance(v, torch.Tensor)]
@@ -156,7 +156,7 @@ def takes(program: torch.export.ExportedProgram, tensors: Sequence[torch.Tensor]
 
 
 def _fits(program: torch.export.ExportedProgram, symbol: Any, given: int, bound: dict[Any, int]) -> bool:
-    """Whether a size is the same as before for its symbol, and in its range; of an expression, that it evaluates."""
+    """Return whether a size is the same as before for its symbol, and in its range; of an expression, that it evaluates."""
     if symbol.is_Symbol:
         allowed = program.range_constraints.get(symbol)
         in_range = allowed is None or allowed.lower <= given <= allowed.upper

@@ -112,7 +112,7 @@ def _op_of(node: torch.fx.Node) -> Any:
 
 
 def is_known(target: Any) -> bool:
-    """Whether an op has a rule, or needs none."""
+    """Return whether an op has a rule, or needs none."""
     return target in _CHECKS or target in _PYTHON or rule_of(target) is not None
 
 
@@ -122,7 +122,7 @@ def _listed(paths: list[str], most: int = 5) -> str:
 
 
 def is_random(graph: torch.fx.Graph) -> bool:
-    """Whether a graph draws random numbers, so that it needs a key."""
+    """Return whether a graph draws random numbers, so that it needs a key."""
     return any(_draws(node) for g in _graphs(graph) for node in g.nodes)
 
 
@@ -283,7 +283,7 @@ def _check(node: torch.fx.Node, result: Any) -> None:
 
 
 def _agrees(expected: torch.Tensor, result: Any) -> bool:
-    """Whether an array has a tensor's dtype and shape, as far as its sizes are known."""
+    """Return whether an array has a tensor's dtype and shape, as far as its sizes are known."""
     if not isinstance(result, (jax.Array, np.ndarray)) or result.dtype != to_jax(expected.dtype):
         return False
     if result.ndim != expected.ndim:

@@ -97,7 +97,7 @@ def _dropout_of_mask(factor) -> torch.fx.Node | None:
 
 
 def _alike(*nodes: torch.fx.Node) -> bool:
-    """Whether values have one shape and dtype, so that nothing is promoted or broadcast."""
+    """Return whether values have one shape and dtype, so that nothing is promoted or broadcast."""
     values = [node.meta.get("val") for node in nodes]
     if not all(isinstance(v, torch.Tensor) for v in values):
         return False

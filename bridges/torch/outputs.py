@@ -167,7 +167,7 @@ def _unwound(node: Any, placeholders: list[torch.fx.Node], shown: bool) -> tuple
 
 
 def _replays(base: torch.fx.Node, steps: list[torch.fx.Node]) -> bool:
-    """Whether view ops apply to a value as it lies, of known sizes."""
+    """Return whether view ops apply to a value as it lies, of known sizes."""
     shape, order = base.meta["val"].shape, _order(base)
     if not all(isinstance(n, int) for n in shape):
         return False
@@ -306,7 +306,7 @@ def _is_zero(number: Any) -> bool:
 
 
 def _is_row_major(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is known to be row-major, without asking what a symbolic size is."""
+    """Return whether a tensor is known to be row-major, without asking what a symbolic size is."""
     wanted: Any = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if not _same(stride, wanted):

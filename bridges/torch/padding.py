@@ -321,7 +321,7 @@ def _cloned(args, kwargs) -> tuple[tuple, dict]:
 
 
 def _has_sequence(part: Any, whole: Any, length: int, sequence: int) -> bool:
-    """Whether dimension 1 of an output is the sequence's, where rows were cut to a length."""
+    """Return whether dimension 1 of an output is the sequence's, where rows were cut to a length."""
     tensors = isinstance(part, torch.Tensor) and isinstance(whole, torch.Tensor)
     return tensors and whole.ndim > 1 and part.shape[1] == length and whole.shape[1] == sequence
 

@@ -54,7 +54,7 @@ def _tensor(node: Any) -> torch.Tensor | None:
 
 
 def _lies_in(view: torch.Tensor, base: torch.Tensor | None) -> bool:
-    """Whether a view's memory was its base's at capture: a `view` may have copied."""
+    """Return whether a view's memory was its base's at capture: a `view` may have copied."""
     if base is None or base.dtype != view.dtype:
         return False
     return view.untyped_storage()._cdata == base.untyped_storage()._cdata

@@ -34,7 +34,7 @@ SIZES: ContextVar[dict[Any, int]] = ContextVar("kpx_sizes", default={})  # noqa:
 
 
 def was_contiguous(position: int) -> bool:
-    """Whether an operand of the current op was row-major when it was captured."""
+    """Return whether an operand of the current op was row-major when it was captured."""
     node = CURRENT.get()
     value = node.args[position].meta.get("val") if node is not None else None
     return value is None or value.is_contiguous()

@@ -139,7 +139,7 @@ def _windows_under(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
 
 
 def _overlap(node: torch.fx.Node) -> bool:
-    """Whether windows overlap: PyTorch itself refuses to make writes through them functional."""
+    """Return whether windows overlap: PyTorch itself refuses to make writes through them functional."""
     arguments = dict(zip(("self", "dimension", "size", "step"), node.args, strict=False)) | node.kwargs
     size, step = arguments["size"], arguments["step"]
     return isinstance(size, int) and isinstance(step, int) and step < size

@@ -20,7 +20,7 @@ hop = torch.ops.higher_order
 
 
 def _draws(*args, **kwargs) -> bool:
-    """Whether a graph among an op's operands draws random numbers; a predicate on nodes."""
+    """Return whether a graph among an op's operands draws random numbers; a predicate on nodes."""
     from kpx.bridges.torch.interpret import graph_of, is_random
 
     graphs = (graph_of(a) for a in args if isinstance(a, torch.fx.Node))

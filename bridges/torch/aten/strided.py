@@ -41,7 +41,7 @@ def _by_stride(size: Sequence[int], stride: Sequence[int]) -> list[int]:
 
 
 def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether elements fill a stretch of memory without gaps or overlap, in some order of the dimensions."""
+    """Return whether elements fill a stretch of memory without gaps or overlap, in some order of the dimensions."""
     wanted = 1
     for d in reversed(_by_stride(size, stride)):
         if size[d] != 1 and stride[d] != wanted:
