@@ -75,9 +75,9 @@ def _copies(places) -> _Taps:
     return _Taps(places[:, None], None, np.ones((len(places), 1), bool))
 
 
-def _antialiased(size, out, align_corners, factor, kind) -> _Taps:
-    """Each output weighs all inputs under its kernel, widened where the image shrinks."""
-    if size == out:  # PyTorch leaves such a dimension alone
+def _antialiased(size, out, align_corners, factor, kind, gradient: bool) -> _Taps:
+    """Weigh for each output all inputs under its kernel, widened where the image shrinks."""
+    if size == out and not gradient:  # PyTorch's forward kernels leave such a dimension alone, whatever the scale
         return _copies(np.arange(out))
     scale = _scale(size, out, align_corners, factor)
     support, kernel = _KERNELS[kind]
@@ -166,7 +166,7 @@ def _all_taps(spatial, output_size, align, scales, kind, *, gradient: bool = Fal
             halves = gradient or len(spatial) == 2  # so has PyTorch it, for gradients in any dimension
             found.append(_nearest(n, o, s, kind == "nearest-exact", halves))
         elif kind.endswith("_aa"):
-            found.append(_antialiased(n, o, align, s, kind.removesuffix("_aa")))
+            found.append(_antialiased(n, o, align, s, kind.removesuffix("_aa"), gradient))
         else:
             found.append(_taps(n, o, align, s, kind))
     return found
@@ -188,8 +188,8 @@ def _register(packet: str, kind: str, has_align: bool) -> None:
 
     def backward(grad, output_size, input_size, *rest, **named):
         align, scales = split((*rest, *named.values()))
-        if kind.startswith(("cubic", "linear_aa", "lanczos")) and list(output_size) == list(input_size[2:]):
-            return grad  # eager's kernels take such sizes for an identity, whatever the scale
+        if kind == "cubic" and list(output_size) == list(input_size[2:]):
+            return grad  # eager's kernel takes such sizes for an identity, whatever the scale
         taps = _all_taps(input_size[2:], output_size, align, scales, kind, gradient=True)
         return _resized(grad, [t.transposed(n) for t, n in zip(taps, input_size[2:], strict=True)])
 
