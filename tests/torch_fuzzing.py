@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kpx
 from kpx.errors import CaptureError, UnsupportedError
@@ -21,8 +22,7 @@ _ULPS = 64  # of the largest value: how far two ways of rounding a dozen steps m
 # Rows of the documentation's table of differences, `docs/differences.md`: cases as it names them.
 CHOSEN_ZERO = "The sign of a zero from `relu`, `maximum`, `minimum`, `clamp`"
 SUMMED_ZERO = "The sum of negative zeros"  # XLA also takes x + 0.0 for x
-# Kinds of steps and inputs that kpx does not do yet, or not as eager does: see `Program`.
-NOT_YET = ("strided", "strides", "mask reads", "aliased", "shifts", "layouts")
+PLANNED_STRIDES = "Strides of a result where PyTorch's FakeTensor has others than its kernels"
 
 
 @dataclass
@@ -38,7 +38,6 @@ class Case:
     door: str
     lines: list[str]
     returned: list[str]
-    strides: bool = False
 
     @property
     def source(self) -> str:
@@ -68,11 +67,11 @@ def door_of(seed: int) -> str:
     return {1: "gradient", 3: "compile", 8: "compile"}.get(seed % 10, "optimize")
 
 
-def case_of(seed: int, without: Collection[str] = NOT_YET, door: str | None = None) -> Case:
+def case_of(seed: int, without: Collection[str] = (), door: str | None = None) -> Case:
     """Return a seed's program, as it is to be compared."""
     door = door or door_of(seed)
     program = Program(seed, differentiable=door == "gradient", without=without)
-    case = Case(program, door, program.all_lines, program.returned, "strides" not in without)
+    case = Case(program, door, program.all_lines, program.returned)
     return _without_writes_of_saved(case) if door == "gradient" else case
 
 
@@ -90,7 +89,7 @@ def _without_writes_of_saved(case: Case) -> Case:
     return case
 
 
-def check(seed: int, without: Collection[str] = NOT_YET, door: str | None = None) -> Outcome:
+def check(seed: int, without: Collection[str] = (), door: str | None = None) -> Outcome:
     """Compare a seed's program with eager PyTorch."""
     return run(case_of(seed, without, door))
 
@@ -177,6 +176,23 @@ def _pytorchs_own(case: Case) -> _Results | None:
         return None
 
 
+def _planned(case: Case) -> _Results | None:
+    """The results as fake tensors, from which `torch.compile` plans; None where PyTorch cannot tell their shapes."""
+    mode = FakeTensorMode()
+
+    def fake(module: torch.nn.Module) -> Callable:
+        def call(*inputs):
+            with mode:
+                return module(*map(mode.from_tensor, inputs))
+
+        return call
+
+    try:
+        return _run(case, fake)
+    except Exception:  # of many types: values that shapes depend on, gradients with real cotangents
+        return None
+
+
 def _first_lines(error: BaseException) -> str:
     return f"{type(error).__name__}: " + " | ".join(line.strip() for line in str(error).splitlines()[:3])[:400]
 
@@ -223,8 +239,10 @@ def _differences(case: Case, got: _Results, wanted: _Results, reference: Callabl
         pair = got.outputs[i], wanted.outputs[i]
         limits = _Limits(errors.get(name, 0.0), name in unsigned, lambda i=i: reference().outputs[i])
         found += _difference(f"output {name}", *pair, limits)
-        if case.strides and (difference := _stride_difference(*pair)):
-            found.append(Difference(f"output {name}: {difference}"))
+        if difference := _stride_difference(*pair):
+            planned = _planned(case)
+            is_planned = planned is not None and _stride_difference(pair[0], planned.outputs[i]) is None
+            found.append(Difference(f"output {name}: {difference}", PLANNED_STRIDES if is_planned else None))
     for i, (g, w) in enumerate(zip(got.inputs, wanted.inputs, strict=True)):
         limits = _Limits(errors.get(f"a{i}", 0.0), f"a{i}" in unsigned, lambda i=i: reference().inputs[i])
         found += _difference(f"input a{i} afterwards", g, w, limits)
@@ -294,7 +312,7 @@ def shrink(case: Case, outcome: Outcome, most: int = 60) -> tuple[Case, Outcome]
     def attempt(lines: Sequence[str], returned: Sequence[str]) -> bool:
         nonlocal case, outcome, tries
         tries += 1
-        smaller = Case(case.program, case.door, list(lines), list(returned), case.strides)
+        smaller = Case(case.program, case.door, list(lines), list(returned))
         result = run(smaller) if tries <= most else Outcome("invalid")
         if result.kind == kind and (kind == "wrong" or _same(result, outcome)):
             case, outcome = smaller, result

@@ -17,6 +17,7 @@ from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.rebase import rebase
 from kpx.bridges.torch.registry import CURRENT, RANDOM, SIZES, bound_sizes, rule_of
+from kpx.bridges.torch.scalars import in_range
 from kpx.errors import KpxError, UnsupportedError
 
 # Ops that check what capturing has already fixed: sizes, dtypes, devices.
@@ -243,11 +244,12 @@ def _run_rule(node: torch.fx.Node, op: Any, args: tuple, kwargs: dict) -> Any:
         checks.at(f"`{op}` in {_place(node)}")
         token = CURRENT.set(node)
         try:
+            args, kwargs = in_range(op, node.meta.get("val"), args, kwargs)
             return rule(*args, **_without_defaults(kwargs))
         except KpxError as error:
             message = f"`{op}` in {_place(node)}: {error}"
             raise UnsupportedError(message, (*getattr(error, "nodes", ()), node)) from error
-        except (TypeError, ValueError, IndexError, NotImplementedError) as error:
+        except (TypeError, ValueError, IndexError, OverflowError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"The lowering rule of `{op}` does not take this case, in {_place(node)}: {error}\n"
                 f"  inputs: {_described(args)}",

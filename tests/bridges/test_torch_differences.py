@@ -94,6 +94,12 @@ def test_layer_norm_whose_squares_overflow():
     assert (ours == 0).all()
 
 
+def test_strides_are_planned_with_fake_tensors():
+    ours, eager = _both(lambda x, i: x.unfold(1, 5, 1)[1, None, i], torch.ones(2, 5), torch.tensor([0, 0]))
+    assert torch.equal(ours, eager)
+    assert (ours.stride(), eager.stride()) == ((1, 1, 2), (10, 5, 1))
+
+
 def test_bytes_are_interpolated_within_one():
     x = torch.randint(0, 256, (1, 2, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ours, eager = _both(lambda x: F.interpolate(x, size=(18, 14), mode="bilinear"), x)

@@ -69,6 +69,81 @@ def test_large_whole_numbers_divide_as_eagers():
         assert torch.equal(ours, eager)
 
 
+# `x` is of a narrow integer dtype, `v` a number that the dtype may not hold.
+NARROW = {
+    "arithmetic": lambda x, v: (x + v, v - x, x * v, torch.add(x, x, alpha=abs(v) % 100)),
+    "comparisons": lambda x, v: (x == v, x < v, x >= v, (x > v) & (x != v), torch.isin(x, v)),
+    "bits": lambda x, v: (x & v, x | v, x ^ v, x << 1 | v),
+    "divisions": lambda x, v: (x // v, x % v, torch.fmod(x, v), torch.div(x, v, rounding_mode="trunc")),
+    "floats": lambda x, v: (x / v, torch.copysign(x, v), torch.float_power(x, 2) + v),
+    "0-d tensors": lambda x, v: (x + torch.tensor(v), x == torch.tensor(v), torch.maximum(x, torch.tensor(v))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+@pytest.mark.parametrize("name", NARROW)
+def test_numbers_that_an_integer_dtype_cannot_hold_wrap_around_as_in_eager(name, dtype):
+    x = torch.tensor([0, 3, 100, -1, 127]).to(dtype)
+    for number in (-1, 300, -300, 2**33 + 5):
+        ours, eager = next(_both([x], lambda x, v=number: NARROW[name](x, v)))
+        for o, e in zip(ours, eager, strict=True):
+            assert o.dtype == e.dtype
+            assert torch.equal(o, e)
+
+
+CHECKED = {
+    "full_like": torch.full_like,
+    "masked_fill": lambda x, v: x.masked_fill(x > 2, v),
+    "where": lambda x, v: torch.where(x > 2, x, v),
+    "clamp": lambda x, v: x.clamp(max=v),
+    "index_fill": lambda x, v: x.index_fill(0, torch.tensor([0]), v),
+    "scatter": lambda x, v: x.scatter(0, torch.tensor([0]), v),
+    "alpha": lambda x, v: torch.add(x, x, alpha=v),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_numbers_to_fill_with_are_refused_where_eager_refuses_them(name):
+    x = torch.tensor([0, 3, 200, 255], dtype=torch.uint8)
+    ours, eager = next(_both([x], lambda x: CHECKED[name](x, -1)))
+    assert torch.equal(ours, eager)
+    with pytest.raises(RuntimeError, match="without overflow"):
+        CHECKED[name](x, 300)
+    with pytest.raises(RuntimeError, match="without overflow"):
+        kpx.optimize(_Each(lambda x: CHECKED[name](x, 300)), config=CONFIG)(x)
+
+
+DIVISIONS = {
+    "floor": lambda x, y: x // y,
+    "remainder": lambda x, y: x % y,
+    "fmod": torch.fmod,
+    "truncated": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_an_integer_divided_by_zero_is_an_error_as_in_eager(name):
+    optimized = kpx.optimize(_Each(DIVISIONS[name]), config=CONFIG)
+    x, y = torch.tensor([5, -7, 3]), torch.tensor([2, 1, -1])
+    with torch.no_grad():
+        assert torch.equal(optimized(x, y)[0], DIVISIONS[name](x, y))
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            optimized(x, y * 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        kpx.optimize(_Each(lambda x: DIVISIONS[name](x, 0)), config=CONFIG)(x)
+    assert next(_both([x.float()], lambda x: DIVISIONS[name](x, 0)))[0].isfinite().sum() == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 33])
+def test_running_extremes_keep_the_sign_of_zero(length):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-1, 2, (3, length), generator=generator) * torch.where(torch.arange(3)[:, None] > 0, -0.5, 1.0)
+    for ours, eager in _both(
+        [x], lambda x: x.cummin(1).values, lambda x: x.cummax(1).values, lambda x: x.T.cummin(0).values
+    ):
+        _assert_same_bits(ours, eager)
+
+
 @pytest.mark.parametrize("divide", [torch.floor_divide, torch.remainder], ids=["floor_divide", "remainder"])
 def test_ties_and_order_are_eagers(divide):
     x = torch.randint(0, 3, (20, 9), generator=torch.Generator().manual_seed(0)).float()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from kpx.bridges.torch.aten.scan import associative_scan
 from kpx.bridges.torch.registry import lowers
 from kpx.errors import UnsupportedError
 
@@ -81,7 +82,7 @@ def map_(graph, xs, others=(), *, key):
 
 
 @lowers(hop.associative_scan, random=_draws)
-def associative_scan(graph, xs, additional=(), *, key):
+def associative_scan_(graph, xs, additional=(), *, key):
     """Partial results of an associative graph along dimension 0, which takes two elements of each array."""
     if key is not None:
         raise UnsupportedError("An `associative_scan` whose function draws random numbers has no defined result.")
@@ -89,7 +90,7 @@ def associative_scan(graph, xs, additional=(), *, key):
     def combine(a, b):
         return jax.vmap(lambda a, b: graph(*a, *b, *additional))(a, b)
 
-    return jax.lax.associative_scan(combine, tuple(xs))
+    return associative_scan(combine, xs)
 
 
 @lowers(hop.invoke_subgraph, random=_draws)

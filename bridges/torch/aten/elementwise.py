@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import is_float
 from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, promote_to_float, result_type, to_jax
 from kpx.bridges.torch.registry import lowers
+from kpx.errors import UnsupportedError
 from kpx.kernels.activation import gelu as fused_gelu
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -57,19 +59,35 @@ def div(x, y):
     return jnp.asarray(x, dtype) / jnp.asarray(y, dtype)
 
 
+def division(x, y):
+    """Return both operands of a division, promoted; a zero among integer divisors is an error, as in eager PyTorch.
+
+    Raises:
+        UnsupportedError: the divisor is the number 0. One in an array is found as the program runs.
+    """
+    is_number, is_zero = isinstance(y, (int, float)), isinstance(y, (int, float)) and y == 0
+    x, y = promote(x, y)
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        if is_zero:
+            raise UnsupportedError("An integer is divided by the number 0: eager PyTorch raises ZeroDivisionError.")
+        if not is_number:
+            checks.holds(jnp.all(y != 0), "ZeroDivisionError: an integer is divided by 0", "RuntimeError")
+    return x, y
+
+
 @lowers(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def div_mode(x, y, *, rounding_mode=None):
     if rounding_mode is None:
         return div(x, y)
-    x, y = promote(x, y)
     if rounding_mode == "floor":
         return floor_divide(x, y)
-    return jax.lax.div(*jnp.broadcast_arrays(x, y)) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.trunc(x / y)
+    x, y = jnp.broadcast_arrays(*division(x, y))
+    return jax.lax.div(x, y) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.trunc(x / y)
 
 
 @lowers(aten.floor_divide.default)
 def floor_divide(x, y):
-    x, y = promote(x, y)
+    x, y = division(x, y)
     quotient = jnp.floor_divide(x, y)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return quotient
@@ -78,7 +96,7 @@ def floor_divide(x, y):
 
 @lowers(aten.remainder.Tensor, aten.remainder.Scalar)
 def remainder(x, y):
-    return jnp.remainder(*promote(x, y))
+    return jnp.remainder(*division(x, y))
 
 
 @lowers(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar)

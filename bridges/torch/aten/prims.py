@@ -11,7 +11,7 @@ import torch
 
 from kpx.bridges.torch.aten import special
 from kpx.bridges.torch.aten.common import axes, sum_dtype
-from kpx.bridges.torch.aten.elementwise import sign
+from kpx.bridges.torch.aten.elementwise import division, remainder, sign
 from kpx.bridges.torch.aten.random import _draw, _normal
 from kpx.bridges.torch.dtypes import promote, to_jax
 from kpx.bridges.torch.registry import lowers
@@ -20,12 +20,11 @@ prims = torch.ops.prims
 
 
 def _divide(x, y):
-    x, y = promote(x, y)
-    return jax.lax.div(*jnp.broadcast_arrays(x, y))
+    return jax.lax.div(*jnp.broadcast_arrays(*division(x, y)))
 
 
 def _fmod(x, y):
-    return jax.lax.rem(*jnp.broadcast_arrays(*promote(x, y)))
+    return jax.lax.rem(*jnp.broadcast_arrays(*division(x, y)))
 
 
 UNARY = {
@@ -44,11 +43,11 @@ UNARY = {
 }  # fmt: skip
 BINARY = {
     "add": jnp.add, "atan2": jnp.arctan2, "bitwise_and": jnp.bitwise_and, "bitwise_or": jnp.bitwise_or,
-    "bitwise_xor": jnp.bitwise_xor, "div": _divide, "eq": jnp.equal, "fmax": special.fmax, "fmin": special.fmin,
-    "fmod": _fmod, "gcd": jnp.gcd, "ge": jnp.greater_equal, "gt": jnp.greater, "hypot": jnp.hypot,
+    "bitwise_xor": jnp.bitwise_xor, "eq": jnp.equal, "fmax": special.fmax, "fmin": special.fmin,
+    "gcd": jnp.gcd, "ge": jnp.greater_equal, "gt": jnp.greater, "hypot": jnp.hypot,
     "igamma": special.igamma, "igammac": special.igammac, "le": jnp.less_equal, "lt": jnp.less,
     "maximum": jnp.maximum, "minimum": jnp.minimum, "mul": jnp.multiply, "ne": jnp.not_equal,
-    "nextafter": special.nextafter, "pow": jnp.power, "remainder": jnp.remainder,
+    "nextafter": special.nextafter, "pow": jnp.power,
     "sub": jnp.subtract, "zeta": special.zeta,
 }  # fmt: skip
 
@@ -57,6 +56,9 @@ for _name, _function in UNARY.items():
 
 for _name, _function in BINARY.items():
     lowers(getattr(prims, _name).default)(lambda x, y, _function=_function: _function(*promote(x, y)))
+
+for _name, _function in {"div": _divide, "fmod": _fmod, "remainder": remainder}.items():
+    lowers(getattr(prims, _name).default)(_function)
 
 
 @lowers(prims.where.default)

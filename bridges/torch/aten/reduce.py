@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import torch
 
 from kpx.bridges.torch.aten.common import axes, axis, is_complex, sum_dtype
+from kpx.bridges.torch.aten.scan import associative_scan
 from kpx.bridges.torch.dtypes import promote_to_float, to_jax
 from kpx.bridges.torch.registry import lowers
 from kpx.kernels.norm import shifted
@@ -185,7 +185,10 @@ def cumprod(x, dim, *, dtype=None):
 def logcumsumexp(x, dim):
     if is_complex(x):
         raise NotImplementedError("of complex numbers: which branch of the logarithm PyTorch gives is its own")
-    running = functools.partial(jax.lax.associative_scan, jnp.logaddexp, axis=axis(x, dim) if x.ndim else 0)
+
+    def running(x):
+        return associative_scan(lambda a, b: (jnp.logaddexp(a[0], b[0]),), [x], axis(x, dim))[0]
+
     return accumulated(running, x) if x.ndim else x
 
 

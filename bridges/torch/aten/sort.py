@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 from kpx.bridges.torch.aten.common import axis, is_float
+from kpx.bridges.torch.aten.scan import associative_scan
 from kpx.bridges.torch.registry import lowers
 
 aten = torch.ops.aten
@@ -120,7 +122,9 @@ def searchsorted(boundaries, values, *, out_int32=False, right=False, side=None,
     if sorter is not None:
         boundaries = jnp.take_along_axis(boundaries, sorter, -1)
     dtype = jnp.int32 if out_int32 else jnp.int64
-    values = jnp.asarray(values, None if hasattr(values, "dtype") else boundaries.dtype)
+    if not hasattr(values, "dtype"):
+        values = np.asarray(values).astype(boundaries.dtype)  # NumPy wraps integers around, as PyTorch does
+    values = jnp.asarray(values)
     side = "right" if right else "left"
     if boundaries.ndim == 1:
         return jnp.searchsorted(boundaries, values, side=side).astype(dtype)
@@ -138,7 +142,7 @@ def bucketize(values, boundaries, *, out_int32=False, right=False):
 
 
 def _running(x, dim, keeps_new):
-    """Values so far, and where each was last met; `keeps_new(new, old)` tells whether a value takes over."""
+    """Return the extreme values so far, and where each was last met; `keeps_new(new, old)`: a value takes over."""
     if not x.ndim:
         return x, jnp.zeros((), jnp.int64)
     dim = axis(x, dim)
@@ -151,7 +155,7 @@ def _running(x, dim, keeps_new):
             takes = jnp.isnan(new) | (takes & ~jnp.isnan(old))
         return jnp.where(takes, new, old), jnp.where(takes, j, i)
 
-    return jax.lax.associative_scan(later, (x, places), axis=dim)
+    return associative_scan(later, (x, places), dim)
 
 
 @lowers(aten.cummax.default)
