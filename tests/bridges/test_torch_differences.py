@@ -100,6 +100,14 @@ def test_strides_are_planned_with_fake_tensors():
     assert (ours.stride(), eager.stride()) == ((1, 1, 2), (10, 5, 1))
 
 
+@pytest.mark.parametrize("name", ["median", "nanmedian"])
+def test_median_along_an_expanded_dimension_is_the_median(name):
+    x = torch.tensor([[-8.0, -1.0, -4.0, -2.0, -7.0]]).expand(5, 5)
+    ours, eager = _both(lambda x: getattr(x, name)(0).values, x)
+    assert torch.equal(ours, x[0])
+    assert not torch.equal(eager, x[0])
+
+
 def test_bytes_are_interpolated_within_one():
     x = torch.randint(0, 256, (1, 2, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ours, eager = _both(lambda x: F.interpolate(x, size=(18, 14), mode="bilinear"), x)
