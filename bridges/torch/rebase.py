@@ -18,7 +18,7 @@ _VIEWS = {
     aten.expand.default, aten.permute.default, aten.reshape.default, aten.select.int, aten.slice.Tensor,
     aten.split.Tensor, aten.split_with_sizes.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
     aten.t.default, aten.transpose.int, aten.unbind.int, aten.unfold.default, aten.unsqueeze.default,
-    aten.view.default, operator.getitem,
+    aten.view.default, aten._unsafe_view.default, operator.getitem,
 }  # fmt: skip
 
 

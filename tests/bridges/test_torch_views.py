@@ -141,6 +141,7 @@ RESTRIDED = {
     "an expanded operand": lambda x: (x[:, :1] * 2).expand(4, 5).as_strided((4,), (1,)),
     "a stepped operand": lambda x: x[::2, ::2].as_strided((2, 2), (10, 2)),
     "windows of windows": lambda x: (x + 1).unfold(1, 3, 1).as_strided((2, 2, 2), (10, 1, 2), 1),
+    "an unsafe view": lambda x: torch.ops.aten._unsafe_view(x[1:3], [10]).as_strided((2, 2), (5, 1), 0),
     "nothing": lambda x: (x + 1).as_strided((0, 3), (1, 1)),
     "a copy": lambda x: torch.as_strided_copy(x.t(), (3, 2), (5, 2), 1),
     "a scatter": lambda x: torch.as_strided_scatter(x.detach().t() * 2, x[:2, :2], (2, 2), (7, 1), 3),
