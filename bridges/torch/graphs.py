@@ -98,7 +98,8 @@ class _Program:
         Args:
             loose: indices of the numbers that stay inputs; other numbers are constants of the program.
         """
-        self._weights = [i for i in segment.weights if isinstance(args[i], torch.Tensor)]
+        # Tensors made in inference mode count no writes: they are inputs, which are read at each call.
+        self._weights = [i for i in segment.weights if isinstance(args[i], torch.Tensor) and not args[i].is_inference()]
         read = set(self._weights)
         self._inputs = [i for i, a in enumerate(args) if (isinstance(a, torch.Tensor) and i not in read) or i in loose]
         self._loose = loose

@@ -40,7 +40,7 @@ class _Output:
     source: int
     steps: list[torch.fx.Node]
     order: tuple[int, ...] | None = None  # of the dimensions of a value that was computed in another order
-    view: Layout | None = None  # size, strides and offset in the memory of a value that outputs share
+    view: _View | None = None  # in the memory of a value that outputs share
 
     def take(self, inputs: Sequence[Any], computed: Sequence[Any]) -> Any:
         value = inputs[self.source] if self.is_input else computed[self.source]
@@ -75,7 +75,7 @@ class Outputs:
                 if root not in computed:
                     computed.append(root)
                 orders[root] = None
-                self._outputs.append(_Output(False, computed.index(root), [], view=Layout.exact(node.meta["val"])))
+                self._outputs.append(_Output(False, computed.index(root), [], view=_View.of(node.meta["val"])))
                 if (layout := Layout.of(root.meta["val"])) is not None:
                     self._root_layouts[computed.index(root)] = layout
                 continue
@@ -105,8 +105,7 @@ class Outputs:
         results = [o.take(inputs, computed) for o in self._outputs]
         for i, output in enumerate(self._outputs):
             if output.view is not None:
-                view = output.view.resolve(sizes)
-                results[i] = results[i].as_strided(view.size, view.strides, view.offset)
+                results[i] = output.view.take(results[i], sizes)
         for i, layout in self._layouts.items():
             results[i] = layout.resolve(sizes).place(results[i])
         return results
@@ -262,11 +261,6 @@ class Layout:
             return None
         return cls(tuple(value.shape), tuple(value.stride()), value.storage_offset())
 
-    @classmethod
-    def exact(cls, value: torch.Tensor) -> Layout:
-        """That of a captured value, row-major or not."""
-        return cls(tuple(value.shape), tuple(value.stride()), value.storage_offset())
-
     def resolve(self, sizes: dict[Any, int]) -> Layout:
         """The same in numbers, given what symbols stand for."""
         size, strides = ([_number(n, sizes) for n in numbers] for numbers in (self.size, self.strides))
@@ -299,6 +293,33 @@ class Layout:
         if tensor.stride() != self.strides:  # of dimensions that have one element, or of no elements
             return tensor.as_strided(self.size, self.strides, 0)
         return tensor
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of a computed value's memory: of another shape, another dtype, conjugated or negated."""
+
+    layout: Layout
+    dtype: torch.dtype
+    is_conj: bool
+    is_neg: bool
+
+    @classmethod
+    def of(cls, value: torch.Tensor) -> _View:
+        """Return what a captured value is of its own memory."""
+        layout = Layout(tuple(value.shape), tuple(value.stride()), value.storage_offset())
+        return cls(layout, value.dtype, value.is_conj(), value.is_neg())
+
+    def take(self, base: torch.Tensor, sizes: dict[Any, int]) -> torch.Tensor:
+        """Return the view of the tensor that has the memory."""
+        layout = self.layout.resolve(sizes)
+        if base.dtype is self.dtype:
+            view = base.as_strided(layout.size, layout.strides, layout.offset)
+        else:  # the real part of a complex tensor, for example
+            view = torch.empty(0, dtype=self.dtype)
+            view.set_(base.untyped_storage(), layout.offset, layout.size, layout.strides)
+        view = view.conj() if self.is_conj else view
+        return view._neg_view() if self.is_neg else view
 
 
 def _is_zero(number: Any) -> bool:

@@ -2,13 +2,14 @@
 
 A weight that an executable reads in place (same memory) shows in-place updates by itself. One that was prepared from, or
 copied, must be read again. A weight may change by being replaced, by an in-place op, or behind autograd's back through
-`.data`. The identity, pointer and version checks are exact; an update through `.data` of a prepared weight is seen by
-one sampled element of it.
+`.data` or a NumPy view. The identity, pointer and version checks are exact; an update behind autograd's back of a prepared
+weight is seen by elements spread over it, about one in each 64th of its memory.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import random
 import threading
@@ -25,6 +26,7 @@ from kpx.errors import InputError
 from kpx.runtime.build import ModelProgram
 
 _version = operator.attrgetter("_version")
+_SAMPLES = 64  # elements of a weight that are compared at each call; a weight of fewer is compared whole
 _MOST_SETS = 16  # sets of weights that one program keeps: layers that share a graph, or adapters that take turns
 
 
@@ -70,11 +72,8 @@ class Watch:
         self._pick = _picker(self._indices)
         watched = self._pick(tensors)
         self._versions = list(map(_version, watched))
-        generator = random.Random(0)
-        self._samples = [
-            (memoryview(flat.numpy()), generator.randrange(flat.numel())) for t in watched if (flat := _bits(t)).numel()
-        ]
-        self._sampled = [view[i] for view, i in self._samples]
+        self._samples = [_sample(t) for t in watched]
+        self._sampled = [view.tobytes() for view in self._samples]
 
     def release(self) -> None:
         """Let go of the weights' memory."""
@@ -85,7 +84,7 @@ class Watch:
         return (
             [t.data_ptr() for t in tensors] != self.pointers
             or list(map(_version, self._pick(tensors))) != self._versions
-            or [view[i] for view, i in self._samples] != self._sampled
+            or [view.tobytes() for view in self._samples] != self._sampled
         )
 
 
@@ -212,6 +211,16 @@ class WeightSets:
 def _drop(sets: weakref.ref[WeightSets], key: tuple[int, ...], _: Any) -> None:
     if (owner := sets()) is not None:
         owner.drop(key)
+
+
+def _sample(tensor: torch.Tensor) -> memoryview:
+    """Return elements spread evenly over a weight's memory and along each dimension; none of a strided weight."""
+    flat = _bits(tensor)
+    step = max(flat.numel() // _SAMPLES, 1)
+    while math.gcd(step, flat.numel()) > 1:  # a step of whole rows would sample one column
+        step -= 1
+    first = random.Random(flat.numel()).randrange(step)
+    return memoryview(flat.numpy())[first::step]
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -461,3 +461,22 @@ def test_results_that_share_memory_have_their_gradients(door):
         (whole.sum() + row.sum() * 2 + turned.sum() * 3).backward()
     factor = torch.tensor([[6.0], [4.0], [4.0]])
     assert torch.equal(model.weight.grad, _numbers(3, 4) * factor)
+
+
+class ComplexViews(torch.nn.Module):
+    def forward(self, x):
+        z = torch.view_as_complex(x.reshape(-1, 2)) * 2
+        return torch.view_as_real(z), z.conj(), z.imag, z.conj().imag, z[1:], z.real.view(torch.int32)
+
+
+def test_outputs_of_other_dtypes_share_memory_as_eagers_do(door):
+    x = _numbers(4, 6)
+    with torch.no_grad():
+        ours, eager = door(ComplexViews())(x), ComplexViews()(x)
+    for outputs in (ours, eager):
+        assert len({y.untyped_storage().data_ptr() for y in outputs}) == 1
+    for o, e in zip(ours, eager, strict=True):
+        assert torch.equal(o, e)
+        assert (o.stride(), o.is_conj(), o.is_neg()) == (e.stride(), e.is_conj(), e.is_neg())
+    ours[0].zero_()
+    assert not any(y.any() for y in ours)

@@ -80,6 +80,18 @@ def _through_data(model):
     model[0].weight.data.add_(0.5)
 
 
+def _rows_through_data(model):
+    model[0].weight.data[3:4].zero_()
+
+
+def _column_through_data(model):
+    model[0].weight.data[:, -1].zero_()
+
+
+def _rows_through_numpy(model):
+    model[0].weight.detach().numpy()[:2] = 0
+
+
 def _data_replaced(model):
     model[0].weight.data = _new(model[0].weight)
 
@@ -96,7 +108,13 @@ def _assigned(model):
     model.load_state_dict({k: _new(v) for k, v in model.state_dict().items()}, assign=True)
 
 
-@pytest.mark.parametrize("change", [_in_place, _through_data, _data_replaced, _parameter_replaced, _loaded, _assigned])
+CHANGES = [
+    _in_place, _through_data, _rows_through_data, _column_through_data, _rows_through_numpy, _data_replaced,
+    _parameter_replaced, _loaded, _assigned,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "in place"])
 def test_a_later_change_of_a_weight_is_seen(change, prepared):
     model = _model()
@@ -107,6 +125,15 @@ def test_a_later_change_of_a_weight_is_seen(change, prepared):
     _same(optimized, model, x)
     change(model)
     _same(optimized, model, x)
+
+
+def test_weights_made_in_inference_mode_are_read_at_each_call():
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16)).eval()
+        x, optimized = torch.ones(2, 8, 3, 3), kpx.optimize(model)
+        torch.testing.assert_close(optimized(x), model(x))
+        model[0].weight[5, 3] = 9.0
+        torch.testing.assert_close(optimized(x), model(x))
 
 
 def test_load_state_dict_through_the_optimized_module_changes_both():

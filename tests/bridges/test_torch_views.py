@@ -66,6 +66,9 @@ STRIDED = {
     "patches": lambda x: x.unfold(0, 2, 2).unfold(1, 2, 2),
     "unfold_copy": lambda x: torch.unfold_copy(x, 0, 2, 1),
     "frames": lambda x: torch.stft(x.flatten(1), 8, 2, window=torch.ones(8), return_complex=True).abs(),
+    "overlapped frames": lambda x: torch.istft(
+        torch.stft(x.flatten(1), 8, 2, window=torch.ones(8), return_complex=True), 8, 2, window=torch.ones(8)
+    ),
     "group_norm": lambda x: torch.nn.functional.group_norm(x, 2, x[0, :4, 0], x[0, :4, 1]),
     "fill_diagonal_": lambda x: x[0].clone().fill_diagonal_(9.0),
     "a written diagonal": _written(lambda y: y.transpose(1, 2).diagonal(1, 1, 2).mul_(0)),

@@ -197,8 +197,12 @@ def unfold(x, dimension, size, step):
 
 @lowers(aten.unfold_backward.default)
 def unfold_backward(grad_in, input_sizes, dim, size, step):
-    """The sum over the windows that hold an element."""
+    """Return the sum over the windows that hold an element."""
     dtype = grad_in.dtype
+    if input_sizes:  # PyTorch's `istft` gives one row of windows for a batch
+        shape = [*input_sizes, size]
+        shape[dim] = grad_in.shape[dim]
+        grad_in = jnp.broadcast_to(grad_in, shape)
     wide = jnp.int32 if dtype == jnp.bool_ else sum_dtype(dtype)
     like = jax.ShapeDtypeStruct(tuple(input_sizes), wide)
     (total,) = jax.linear_transpose(lambda x: unfold(x, dim, size, step), like)(grad_in.astype(wide))
