@@ -40,6 +40,14 @@ def was_contiguous(position: int) -> bool:
     return value is None or value.is_contiguous()
 
 
+def is_read(item: int) -> bool:
+    """Return whether the graph reads an item of the tuple that the current op gives."""
+    node = CURRENT.get()
+    if node is None:
+        return True
+    return not all(user.target is operator.getitem and user.args[1] != item for user in node.users)
+
+
 def memory_layout(position: int, shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     """`(storage_offset, strides)` that an operand of the current op had when it was captured, in elements.
 

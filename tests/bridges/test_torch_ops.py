@@ -433,3 +433,30 @@ def test_capture_decomposes_what_has_no_rule():
 
     program = capture.capture(Model(), (X,), {})
     assert "mish" not in str(program.graph)
+
+
+# Kernel size, stride, padding, dilation and whether sizes are rounded up: windows beyond what is compared in one step.
+WINDOWS = [
+    ([6, 7], [2, 3], [0, 3], [2, 1], False),
+    ([4, 5], [3, 2], [1, 2], [1, 2], True),
+    ([5, 3, 5], [1, 1, 3], [2, 1, 2], [2, 2, 1], False),
+    ([4, 5, 5], [2, 3, 2], [1, 2, 1], [1, 1, 2], True),
+]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_large_windows_have_pytorchs_maxima_and_places(window):
+    kernel, n = window[0], len(window[0])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (2, 2, *[12] * n), generator=generator).float()
+    x[torch.rand(x.shape, generator=generator) < 0.3] = -float("inf")
+    x[torch.rand(x.shape, generator=generator) < 0.02] = float("nan")
+    pool = {2: torch.nn.functional.max_pool2d, 3: torch.nn.functional.max_pool3d}[n]
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return pool(x, kernel, *window[1:], return_indices=True)
+
+    wanted, got = Model()(x), kpx.compile(Model(), x)(x)
+    torch.testing.assert_close(got[0], wanted[0], equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(got[1], wanted[1])

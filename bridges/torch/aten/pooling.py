@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kpx.bridges.torch.aten.common import is_float, lowest, sizes, sum_dtype
-from kpx.bridges.torch.registry import lowers
+from kpx.bridges.torch.registry import is_read, lowers
 
 aten = torch.ops.aten
 
@@ -48,43 +48,56 @@ def max_pool(x, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False, 
     return jax.lax.reduce_window(x, lowest(x.dtype), jax.lax.max, window, strides, pads, None, dilations)
 
 
+_UNROLLED = 9  # elements of a window that are compared in one step; a larger window goes one dimension at a time
+
+
 def max_pool_with_places(x, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False, *, n):
-    """Maxima, and where in the flattened spatial dimensions each stands: the first of equals, the last NaN."""
+    """Return maxima, and where in the flattened spatial dimensions each stands: the first of equals, the last NaN."""
+    if not is_read(1):
+        best = max_pool(x, kernel_size, stride, padding, dilation, ceil_mode, n=n)
+        return best, jnp.zeros(best.shape, jnp.int64)
     kernel, stride, padding, dilation = _settings(kernel_size, stride, padding, dilation, n)
     _, _, _, pads = _window(x, kernel, stride, padding, dilation, ceil_mode)
     lead, spatial = x.ndim - n, x.shape[x.ndim - n :]
-    pads = pads[lead:]
-    out = [
-        (size + low + high - d * (k - 1) - 1) // s + 1
-        for size, (low, high), k, s, d in zip(spatial, pads, kernel, stride, dilation, strict=True)
-    ]
-    padded = jax.lax.pad(x, lowest(x.dtype), [(0, 0, 0)] * lead + [(low, high, 0) for low, high in pads])
-    best = place = None
-    for offset in itertools.product(*map(range, kernel)):
-        start = [o * d for o, d in zip(offset, dilation, strict=True)]
-        stop = [a + (m - 1) * s + 1 for a, m, s in zip(start, out, stride, strict=True)]
-        seen = jax.lax.slice(padded, [0] * lead + start, [*x.shape[:lead], *stop], [1] * lead + stride)
-        here = _flat_places(spatial, out, start, stride, [low for low, _ in pads])
-        here = jnp.broadcast_to(here, seen.shape)
-        if best is None or place is None:
-            best, place = seen, here
-            continue
-        takes = (seen > best) | (jnp.isnan(seen) if is_float(x) else False)
-        # A place in the padding never counts, unless nothing else was seen yet.
-        takes |= (place < 0) & (here >= 0)
-        takes &= here >= 0
-        best, place = jnp.where(takes, seen, best), jnp.where(takes, here, place)
+    place = jnp.arange(math.prod(spatial), dtype=jnp.int64).reshape(spatial)
+    best, place = x, jnp.broadcast_to(place, x.shape)
+    windows = list(zip(kernel, stride, dilation, pads[lead:], strict=True))
+    if math.prod(kernel) <= _UNROLLED:
+        return _largest(best, place, range(lead, x.ndim), windows)
+    # The first of equals in row-major order is the first row that has it, and the first in that row.
+    for d in reversed(range(n)):
+        best, place = _largest(best, place, [lead + d], [windows[d]])
     return best, place
 
 
-def _flat_places(spatial, out, start, stride, low):
-    """The flat position that each window reads at an offset; -1 in the padding."""
-    place, inside = np.zeros((), np.int64), np.ones((), bool)
-    for size, m, a, s, p in zip(spatial, out, start, stride, low, strict=True):
-        along = np.arange(m) * s + a - p
-        place = place[..., None] * size + along
-        inside = inside[..., None] & (along >= 0) & (along < size)
-    return np.where(inside, place, -1)
+def _largest(x, place, dims, windows):
+    """Return the largest value in each window of some dimensions, and its place.
+
+    Args:
+        place: the place of each value of `x`, of the same shape.
+        windows: `(size, stride, dilation, (low, high))` for each dimension; padding never counts.
+    """
+    config, out = [(0, 0, 0)] * x.ndim, list(x.shape)
+    for dim, (k, s, d, (low, high)) in zip(dims, windows, strict=True):
+        config[dim] = (low, high, 0)
+        out[dim] = (x.shape[dim] + low + high - d * (k - 1) - 1) // s + 1
+    values = jax.lax.pad(x, lowest(x.dtype), config)
+    places = jax.lax.pad(place, jnp.asarray(-1, place.dtype), config)
+    best = found = None
+    for offset in itertools.product(*(range(k) for k, _, _, _ in windows)):
+        start, step = [0] * x.ndim, [1] * x.ndim
+        for dim, o, (_, s, d, _) in zip(dims, offset, windows, strict=True):
+            start[dim], step[dim] = o * d, s
+        stop = [a + (m - 1) * s + 1 for a, m, s in zip(start, out, step, strict=True)]
+        seen, here = (jax.lax.slice(a, start, stop, step) for a in (values, places))
+        if best is None or found is None:
+            best, found = seen, here
+            continue
+        takes = (seen > best) | (jnp.isnan(seen) if is_float(x) else False)
+        takes |= found < 0  # nothing but padding was seen yet
+        takes &= here >= 0
+        best, found = jnp.where(takes, seen, best), jnp.where(takes, here, found)
+    return best, found
 
 
 for _n in (1, 2, 3):
