@@ -13,7 +13,7 @@ from tests.bridges.state.registry import MUTATIONS
 QUICK = 10
 ALL = 300
 # A sequence takes seconds. `KPX_STATE_SEQUENCES=300` runs them all; `bench.state_fuzz` runs any number.
-SLOW = int(os.environ.get("KPX_STATE_SEQUENCES", "40"))
+SLOW = int(os.environ.get("KPX_STATE_SEQUENCES", "20"))
 
 
 def test_sequences_draw_from_forty_kinds_of_mutations_over_twelve_models():
