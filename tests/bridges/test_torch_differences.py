@@ -94,6 +94,19 @@ def test_layer_norm_whose_squares_overflow():
     assert (ours == 0).all()
 
 
+def test_one_element_of_a_prepared_weight_written_through_data_may_not_be_seen():
+    model = torch.nn.Sequential(torch.nn.Conv2d(64, 16, 1, bias=False), torch.nn.BatchNorm2d(16)).eval()
+    x, optimized, seen = torch.ones(1, 64, 2, 2), kpx.optimize(model, config=CONFIG), []
+    with torch.no_grad():
+        optimized(x)
+        for i in range(2):  # neighbours, of which at most one is compared
+            model[0].weight.data.view(-1)[i] += 1
+            seen.append(torch.allclose(optimized(x), model(x)))
+            model[0].weight.add_(0)  # raises the version counter
+            assert torch.allclose(optimized(x), model(x), atol=1e-5)
+    assert not all(seen)
+
+
 def test_strides_are_planned_with_fake_tensors():
     ours, eager = _both(lambda x, i: x.unfold(1, 5, 1)[1, None, i], torch.ones(2, 5), torch.tensor([0, 0]))
     assert torch.equal(ours, eager)
