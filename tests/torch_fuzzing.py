@@ -176,8 +176,15 @@ def _pytorchs_own(case: Case) -> _Results | None:
         return None
 
 
-def _planned(case: Case) -> _Results | None:
-    """The results as fake tensors, from which `torch.compile` plans; None where PyTorch cannot tell their shapes."""
+def _planned(case: Case, name: str) -> torch.Tensor | None:
+    """One result as a fake tensor, from which `torch.compile` plans; None where PyTorch cannot tell its shape."""
+    needed, lines = {name}, []
+    for line in reversed(case.lines):
+        defined = re.match(r"(v\d+) = ", line)
+        names = set(re.findall(r"\bv\d+\b", line))
+        if defined[1] in needed if defined else names & needed:
+            lines.insert(0, line)
+            needed |= names
     mode = FakeTensorMode()
 
     def fake(module: torch.nn.Module) -> Callable:
@@ -188,7 +195,7 @@ def _planned(case: Case) -> _Results | None:
         return call
 
     try:
-        return _run(case, fake)
+        return _run(Case(case.program, "optimize", lines, [name]), fake).outputs[0]
     except Exception:  # of many types: values that shapes depend on, gradients with real cotangents
         return None
 
@@ -240,8 +247,8 @@ def _differences(case: Case, got: _Results, wanted: _Results, reference: Callabl
         limits = _Limits(errors.get(name, 0.0), name in unsigned, lambda i=i: reference().outputs[i])
         found += _difference(f"output {name}", *pair, limits)
         if difference := _stride_difference(*pair):
-            planned = _planned(case)
-            is_planned = planned is not None and _stride_difference(pair[0], planned.outputs[i]) is None
+            planned = _planned(case, name)
+            is_planned = planned is not None and _stride_difference(pair[0], planned) is None
             found.append(Difference(f"output {name}: {difference}", PLANNED_STRIDES if is_planned else None))
     for i, (g, w) in enumerate(zip(got.inputs, wanted.inputs, strict=True)):
         limits = _Limits(errors.get(f"a{i}", 0.0), f"a{i}" in unsigned, lambda i=i: reference().inputs[i])

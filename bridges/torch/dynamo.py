@@ -121,12 +121,13 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
             return graph
     settings.captures += 1
     settings.writes_state = settings.writes_state or internals.writes_python_state()
-    correct_writes(graph)
     try:
-        with tangent_layouts(graph), internals.without_python_kernels(kept_whole()):
+        correct_writes(graph)
+        with tangent_layouts(graph), internals.without_python_kernels(kept_whole()), internals.without_tensorify():
             compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
-    except RuntimeError as error:
-        if (refused := refusal(error)) is None:
+    except (RuntimeError, UnsupportedError) as error:
+        refused = error if isinstance(error, UnsupportedError) else refusal(error)
+        if refused is None or (settings.fullgraph and refused is error):
             raise
         if settings.fullgraph:
             raise refused from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import itertools
 import math
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -166,3 +168,38 @@ def without_python_kernels(ops: Iterable[Any]) -> Iterator[None]:
             for op, kernels in removed:
                 op.py_kernels.update(kernels)
                 op._dispatch_cache.clear()
+
+
+_tensorify = threading.local()
+
+
+@contextlib.contextmanager
+def without_tensorify() -> Iterator[None]:
+    """Have AOTAutograd leave Python numbers as they are while this thread compiles.
+
+    PyTorch's pass that makes tensors of them also takes 0-d float64 tensors for numbers, and loses writes to them.
+    """
+    _bypass_tensorify()
+    before, _tensorify.is_off = getattr(_tensorify, "is_off", False), True
+    try:
+        yield
+    finally:
+        _tensorify.is_off = before
+
+
+@functools.cache
+def _bypass_tensorify() -> None:
+    name = "tensorify_python_scalars"
+    try:
+        original = getattr(importlib.import_module("torch.fx.passes._tensorify_python_scalars"), name)
+    except (ImportError, AttributeError):  # a PyTorch without the pass
+        return
+    importlib.import_module("torch._functorch.aot_autograd")
+
+    @functools.wraps(original)
+    def unless_off(*args, **kwargs):
+        return None if getattr(_tensorify, "is_off", False) else original(*args, **kwargs)
+
+    for module in [m for key, m in sys.modules.items() if key.startswith("torch.")]:
+        if vars(module).get(name) is original:
+            setattr(module, name, unless_off)

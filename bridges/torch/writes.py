@@ -3,6 +3,7 @@
 - Written through windows (`x.unfold(...).mul_(2)`), PyTorch sets the elements beside the windows to zero.
 - `fill_diagonal_` writes through strides, which PyTorch makes functional on no view.
 - Dropout that drops nothing gives its operand itself, which may be written later; PyTorch would give a copy.
+- Written through a part of a view whose elements share memory (`x.expand(3, 4)[0].fill_(1)`), PyTorch loses the write.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ _REFUSALS = (
 
 
 def correct_writes(module: torch.fx.GraphModule) -> dict[str, str]:
-    """Rewrites a graph of Dynamo's or of torch.export's, in place; returns what values are called now, by former name."""
+    """Rewrite a graph of Dynamo's or of torch.export's, in place; return what values are called now, by former name.
+
+    Raises:
+        UnsupportedError: a write cannot be made functional.
+    """
     renamed: dict[str, str] = {}
     for body in module.children():  # of a checkpoint, a branch or a loop
         if isinstance(body, torch.fx.GraphModule):
@@ -47,6 +52,8 @@ def correct_writes(module: torch.fx.GraphModule) -> dict[str, str]:
             renamed |= _without_dropout(node)
         elif node.target in _FILLS:
             renamed |= _by_diagonal(node)
+    for node in nodes:
+        _check_overlap(node)
     if any(node.target in _UNFOLDS for node in nodes):
         windows = [w for node in module.graph.nodes for operand in _written(node) for w in _windows_under(operand)]
         for node in dict.fromkeys(windows):
@@ -99,6 +106,39 @@ def _written(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         writes = writes or name == "__setitem__"
     if writes:
         yield from node.all_input_nodes
+
+
+def _targets(node: torch.fx.Node) -> list[Any]:
+    """Return the operands that a node writes, where it writes any."""
+    if not any(True for _ in _written(node)):
+        return []
+    return [a for a in (node.args[0] if node.args else None, node.kwargs.get("out")) if isinstance(a, torch.fx.Node)]
+
+
+def _check_overlap(node: torch.fx.Node) -> None:
+    """Refuse a write to a view of a view whose elements share memory: PyTorch makes it functional, and loses it."""
+    for written in _targets(node):
+        storage, above = _storage(written), written
+        while storage is not None and isinstance(above, torch.fx.Node) and _storage(above) == storage:
+            if above is not written and (value := _value(above)) is not None and _shares_elements(value):
+                raise UnsupportedError(
+                    f"The model writes through a view of a view whose elements share memory (`{above.name}`), which PyTorch "
+                    "cannot make functional. Write the tensor that the views are of, or a copy of the view."
+                )
+            above = above.args[0] if above.args else None
+
+
+def _shares_elements(value: torch.Tensor) -> bool:
+    """Return whether several elements may lie at one place in memory."""
+    numbers = (*value.shape, *value.stride())
+    if not all(isinstance(n, int) for n in numbers) or not value.numel():
+        return False
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _without_dropout(node: torch.fx.Node) -> dict[str, str]:

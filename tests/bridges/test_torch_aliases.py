@@ -480,3 +480,17 @@ def test_outputs_of_other_dtypes_share_memory_as_eagers_do(door):
         assert (o.stride(), o.is_conj(), o.is_neg()) == (e.stride(), e.is_conj(), e.is_neg())
     ours[0].zero_()
     assert not any(y.any() for y in ours)
+
+
+class WritesDouble(torch.nn.Module):
+    def forward(self, x, y):
+        x.mul_(-3)
+        return y * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_write_of_a_0d_argument_is_not_lost(door, dtype):  # PyTorch's pass over numbers loses those of float64
+    x, twin, y = torch.tensor(2, dtype=dtype), torch.tensor(2, dtype=dtype), torch.ones(4)
+    with torch.no_grad():
+        assert torch.equal(door(WritesDouble())(x, y), WritesDouble()(twin, y))
+    assert torch.equal(x, twin)

@@ -239,14 +239,29 @@ def test_what_dropout_gave_back_is_the_input_that_is_written():
 @pytest.mark.parametrize("write", [
     lambda y: y.unfold(1, 3, 1).mul_(2),
     lambda y: y.t().as_strided((2, 2), (7, 1), 1).mul_(2),
-], ids=["overlapping windows", "as_strided of a view"])  # fmt: skip
+    lambda y: y.unfold(1, 3, 1)[:, 1].mul_(2),
+    lambda y: y.as_strided((2, 2), (1, 1)).t()[1].fill_(3),
+    lambda y: y[:1].expand(4, 5)[2].add_(1),
+], ids=["overlapping windows", "as_strided of a view", "one of overlapping windows", "a column of overlapping rows",
+        "a row of an expanded one"])  # fmt: skip
 def test_writes_that_pytorch_cannot_make_functional_are_refused(write):
     with pytest.raises(UnsupportedError, match="writes through a view"):
         kpx.optimize(Model(_written(write)), config=CONFIG, fullgraph=True)(_t(4, 5))
 
 
-def test_writes_that_pytorch_cannot_make_functional_break_the_graph():
-    function = _written(lambda y: y.unfold(1, 3, 1).mul_(2))
+def test_what_is_written_may_be_an_expanded_value():
+    function = _written(lambda y: y.masked_fill_((y[:1] > 0).expand(4, 5), 7.0))
+    _assert_same(kpx.optimize(Model(function), config=CONFIG, fullgraph=True)(_t(4, 5)), function(_t(4, 5)))
+
+
+@pytest.mark.parametrize("write", [
+    lambda y: y.unfold(1, 3, 1).mul_(2),
+    lambda y: y.unfold(1, 3, 1)[:, 1].mul_(2),
+    lambda y: y.as_strided((2, 2), (1, 1)).t()[1].fill_(3),
+    lambda y: y[:1].expand(4, 5)[2].add_(1),
+], ids=["overlapping windows", "one of overlapping windows", "a column of overlapping rows", "a row of an expanded one"])  # fmt: skip
+def test_writes_that_pytorch_cannot_make_functional_break_the_graph(write):
+    function = _written(write)
     with pytest.warns(GraphBreakWarning, match="writes through a view"):
         _assert_same(_optimized(function)(_t(4, 5)), function(_t(4, 5)))
 
