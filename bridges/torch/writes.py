@@ -108,7 +108,7 @@ def _written(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         yield from node.all_input_nodes
 
 
-def _targets(node: torch.fx.Node) -> list[Any]:
+def _targets(node: torch.fx.Node) -> list[torch.fx.Node]:
     """Return the operands that a node writes, where it writes any."""
     if not any(True for _ in _written(node)):
         return []
@@ -118,14 +118,20 @@ def _targets(node: torch.fx.Node) -> list[Any]:
 def _check_overlap(node: torch.fx.Node) -> None:
     """Refuse a write to a view of a view whose elements share memory: PyTorch makes it functional, and loses it."""
     for written in _targets(node):
-        storage, above = _storage(written), written
-        while storage is not None and isinstance(above, torch.fx.Node) and _storage(above) == storage:
-            if above is not written and (value := _value(above)) is not None and _shares_elements(value):
+        storage, above = _storage(written), _operand(written)
+        while storage is not None and above is not None and _storage(above) == storage:
+            if (value := _value(above)) is not None and _shares_elements(value):
                 raise UnsupportedError(
                     f"The model writes through a view of a view whose elements share memory (`{above.name}`), which PyTorch "
                     "cannot make functional. Write the tensor that the views are of, or a copy of the view."
                 )
-            above = above.args[0] if above.args else None
+            above = _operand(above)
+
+
+def _operand(node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return the first argument of a node, which a view is of."""
+    first = node.args[0] if node.args else None
+    return first if isinstance(first, torch.fx.Node) else None
 
 
 def _shares_elements(value: torch.Tensor) -> bool:
