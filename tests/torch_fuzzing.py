@@ -133,7 +133,7 @@ def run(case: Case) -> Outcome:
             got = _run(case, functools.partial(_optimized, door=case.door))
         except Exception as error:  # whatever is raised is a difference, or a refusal
             return _raised(case, error)
-        reference = functools.cache(lambda: _run(case, lambda module: module, wide=True))
+        reference = functools.cache(lambda: _in_f64(case))
         differences = _differences(case, got, wanted, reference)
         wrong = [d for d in differences if d.row is None]
         if not wrong:
@@ -141,7 +141,7 @@ def run(case: Case) -> Outcome:
         return _judged(case, wrong, wanted, reference)
 
 
-def _judged(case: Case, wrong: list[Difference], wanted: _Results, reference: Callable[[], _Results]) -> Outcome:
+def _judged(case: Case, wrong: list[Difference], wanted: _Results, reference: Callable[[], _Results | None]) -> Outcome:
     """The outcome of a program that differs: PyTorch's own capture may differ too, or another run may not."""
     what = [d.text for d in wrong]
     own = _pytorchs_own(case)
@@ -173,6 +173,14 @@ def _pytorchs_own(case: Case) -> _Results | None:
     try:
         return _run(case, lambda module: torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False))
     except Exception:  # of many types: what matters is that PyTorch cannot
+        return None
+
+
+def _in_f64(case: Case) -> _Results | None:
+    """The results in f64; None where a program is written for the dtypes that it has."""
+    try:
+        return _run(case, lambda module: module, wide=True)
+    except RuntimeError:
         return None
 
 
@@ -239,26 +247,28 @@ class _Limits:
     reference: Callable[[], Any]
 
 
-def _differences(case: Case, got: _Results, wanted: _Results, reference: Callable[[], _Results]) -> list[Difference]:
+def _differences(
+    case: Case, got: _Results, wanted: _Results, reference: Callable[[], _Results | None]
+) -> list[Difference]:
     errors, unsigned = case.program.errors(), case.program.unsigned()
     found: list[Difference] = []
     for i, name in enumerate(case.returned):
         pair = got.outputs[i], wanted.outputs[i]
-        limits = _Limits(errors.get(name, 0.0), name in unsigned, lambda i=i: reference().outputs[i])
+        limits = _Limits(errors.get(name, 0.0), name in unsigned, lambda i=i: (r := reference()) and r.outputs[i])
         found += _difference(f"output {name}", *pair, limits)
         if difference := _stride_difference(*pair):
             planned = _planned(case, name)
             is_planned = planned is not None and _stride_difference(pair[0], planned) is None
             found.append(Difference(f"output {name}: {difference}", PLANNED_STRIDES if is_planned else None))
     for i, (g, w) in enumerate(zip(got.inputs, wanted.inputs, strict=True)):
-        limits = _Limits(errors.get(f"a{i}", 0.0), f"a{i}" in unsigned, lambda i=i: reference().inputs[i])
+        limits = _Limits(errors.get(f"a{i}", 0.0), f"a{i}" in unsigned, lambda i=i: (r := reference()) and r.inputs[i])
         found += _difference(f"input a{i} afterwards", g, w, limits)
     for i, (g, w) in enumerate(zip(got.gradients, wanted.gradients, strict=True)):
         if (g is None) != (w is None):
             zero = (g if w is None else w) == 0  # PyTorch's None and zeros mean the same
             found += [] if bool(zero.all()) else [Difference(f"gradient {i}: {g} where eager gives {w}")]
         elif g is not None:
-            limits = _Limits(max(errors.values()), True, lambda i=i: reference().gradients[i])
+            limits = _Limits(max(errors.values()), True, lambda i=i: (r := reference()) and r.gradients[i])
             found += _difference(f"gradient {i}", g, w, limits)
     return found
 

@@ -499,6 +499,8 @@ def order(p: Program):
         f"topk({k}, {d}, largest=False).values", f"median({d}).values", f"kthvalue({k}, {d}).values", "median()",
         f"nanmedian({d}).values",
     ])  # fmt: skip
+    if p.differentiable:  # which of equal values gets the gradient of the others PyTorch does not define
+        text = f"sort({d}, stable=True).values"
     return Line(f"{x.name}.{text}", [x], needs_exact=True, zeros=True)
 
 
