@@ -157,7 +157,7 @@ def view_narrow(p: Program):
     start = p.rng.randrange(x.shape[d])
     choice = p.rng.random()
     if choice < 0.5:
-        return Line(f"{x.name}.narrow({d}, {start}, {p.rng.randint(1, x.shape[d] - start)})", [x])
+        return Line(f"{x.name}.narrow({d}, {start}, {p.rng.randint(1, max(x.shape[d] - start, 1))})", [x])
     return Line(f"{x.name}.select({d}, {start})", [x])
 
 
@@ -211,7 +211,7 @@ def view_unfold(p: Program):
     if x is None:
         return None
     d = p.dim(x)
-    return Line(f"{x.name}.unfold({d}, {p.rng.randint(1, x.shape[d])}, {p.rng.randint(1, 2)})", [x])
+    return Line(f"{x.name}.unfold({d}, {p.rng.randint(1, max(x.shape[d], 1))}, {p.rng.randint(1, 2)})", [x])
 
 
 @steps("strided")

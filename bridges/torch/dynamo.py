@@ -123,7 +123,7 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
     settings.writes_state = settings.writes_state or internals.writes_python_state()
     try:
         correct_writes(graph)
-        with tangent_layouts(graph), internals.without_python_kernels(kept_whole()), internals.without_tensorify():
+        with tangent_layouts(graph), internals.without_python_kernels(kept_whole()), internals.without_tensorify(graph):
             compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
     except (RuntimeError, UnsupportedError) as error:
         refused = error if isinstance(error, UnsupportedError) else refusal(error)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from kpx.errors import UnsupportedError
+
 _numbers = itertools.count()
 _python_kernels = threading.RLock()
 
@@ -174,17 +176,35 @@ _tensorify = threading.local()
 
 
 @contextlib.contextmanager
-def without_tensorify() -> Iterator[None]:
-    """Have AOTAutograd leave Python numbers as they are while this thread compiles.
+def without_tensorify(graph: torch.fx.GraphModule) -> Iterator[None]:
+    """Have AOTAutograd leave out its pass that makes tensors of Python floats, where a graph takes none.
 
-    PyTorch's pass that makes tensors of them also takes 0-d float64 tensors for numbers, and loses writes to them.
+    The pass (seen with torch 2.13) takes 0-d float64 tensors for floats, and loses writes to them.
+
+    Raises:
+        UnsupportedError: a graph takes both.
     """
+    values = graph.graph.find_nodes(op="placeholder")
+    doubles = [n for n in values if _is_double(n.meta.get("example_value"))]
+    floats = [n for n in doubles if getattr(n.meta.get("grapharg"), "pass_arg_as_tensor", False)]
+    if floats:
+        if len(doubles) > len(floats):
+            raise UnsupportedError(
+                "The model takes a Python float that changes and a 0-d float64 tensor, which PyTorch mistakes for one "
+                "another. Pass the float as a tensor, too, or give the tensor one dimension of size 1."
+            )
+        yield
+        return
     _bypass_tensorify()
     before, _tensorify.is_off = getattr(_tensorify, "is_off", False), True
     try:
         yield
     finally:
         _tensorify.is_off = before
+
+
+def _is_double(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 0 and value.dtype is torch.float64
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import torch
 from torch._functorch import config as functorch_config
 from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kpx.bridges.torch.registry import bound_sizes
@@ -127,7 +128,7 @@ def _shared_roots(graph: torch.fx.Graph, outputs: list[Any]) -> dict[torch.fx.No
     """
     by_storage: dict[StorageWeakRef, set[torch.fx.Node]] = {}
     for node in outputs:
-        if (storage := _storage(node)) is not None:
+        if (storage := _storage(node)) is not None and not free_unbacked_symbols(node.meta["val"]):
             by_storage.setdefault(storage, set()).add(node)
     roots: dict[torch.fx.Node, torch.fx.Node] = {}
     seen: set[StorageWeakRef] = set()
@@ -258,6 +259,8 @@ class Layout:
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
             return None
         if _is_zero(value.storage_offset()) and _is_row_major(value):
+            return None
+        if free_unbacked_symbols(value):  # sizes that the values of other tensors decide
             return None
         return cls(tuple(value.shape), tuple(value.stride()), value.storage_offset())
 

@@ -494,3 +494,19 @@ def test_write_of_a_0d_argument_is_not_lost(door, dtype):  # PyTorch's pass over
     with torch.no_grad():
         assert torch.equal(door(WritesDouble())(x, y), WritesDouble()(twin, y))
     assert torch.equal(x, twin)
+
+
+class WritesDoubleByFloat(torch.nn.Module):
+    def forward(self, x, y, by):
+        x.mul_(by)
+        return y * by
+
+
+def test_write_of_a_0d_double_beside_a_float_that_changes_is_not_lost(door):
+    model, y = WritesDoubleByFloat(), torch.ones(4)
+    optimized = door(WritesDoubleByFloat())
+    x, twin = torch.tensor(2.0, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+    with torch.no_grad():
+        for by in (2.5, 3.5, 4.5):
+            assert torch.equal(optimized(x, y, by), model(twin, y, by))
+            assert torch.equal(x, twin)
