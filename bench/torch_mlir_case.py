@@ -177,9 +177,12 @@ def run(case: Any) -> Verdict:
     except Exception as error:  # a bench of whatever may go wrong
         return Verdict("crash", _described(error), breaks=breaks)
     difference = compared(results, golden)
-    if difference and (other := _drawn_anew(case, golden)) is not None:
-        difference = _unlike(results, [golden, *other])
-    if difference and not _is_closer(case, results, golden):
+    if difference:
+        if (other := _drawn_anew(case, golden)) is not None:
+            difference = _unlike(results, [golden, *other])
+        elif _is_closer(case, results, golden):
+            difference = ""
+    if difference:
         return Verdict("wrong", difference, breaks=breaks)
     return Verdict("broken" if breaks else "right", "; ".join(breaks), _other_strides(results, golden), breaks)
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import torch
 
-from kpx.bridges.torch.tensors import canonical, to_array
+from kpx.bridges.torch.tensors import canonical, dense_order, to_array
 from kpx.errors import InputError
 from kpx.runtime.build import ModelProgram
 
@@ -214,7 +214,7 @@ def _drop(sets: weakref.ref[WeightSets], key: tuple[int, ...], _: Any) -> None:
 
 
 def _sample(tensor: torch.Tensor) -> memoryview:
-    """Return elements spread evenly over a weight's memory and along each dimension; none of a strided weight."""
+    """Return elements spread evenly over a weight's memory and along each dimension; none of one that has gaps."""
     flat = _bits(tensor)
     step = max(flat.numel() // _SAMPLES, 1)
     while math.gcd(step, flat.numel()) > 1:  # a step of whole rows would sample one column
@@ -224,9 +224,11 @@ def _sample(tensor: torch.Tensor) -> memoryview:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's memory as a flat one of integers, over the same memory (empty where it is strided)."""
+    """Return a tensor's memory as a flat one of integers, over the same memory (empty where it has gaps)."""
     flat = tensor.detach()
     if not flat.is_contiguous():
-        return torch.empty(0, dtype=torch.uint8)
+        if (order := dense_order(flat)) is None:
+            return torch.empty(0, dtype=torch.uint8)
+        flat = flat.permute(order)
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return flat.reshape(-1).view(integers.get(flat.element_size(), torch.uint8))

@@ -101,7 +101,9 @@ def _written(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     elif node.op == "call_function" and target in _WRITES:
         writes = True
     else:
-        in_place = node.kwargs.get("inplace") or any(a is True for a in node.args) or "out" in node.kwargs
+        # `inplace` may be given by position; `keepdim` may, too, and then the result has memory of its own.
+        is_operand = any(a is True for a in node.args) and _storage(node) in (None, _storage(_operand(node)))
+        in_place = node.kwargs.get("inplace") or is_operand or "out" in node.kwargs
         writes = bool(in_place) or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
         writes = writes or name == "__setitem__"
     if writes:

@@ -127,6 +127,15 @@ def test_a_later_change_of_a_weight_is_seen(change, prepared):
     _same(optimized, model, x)
 
 
+def test_rows_of_a_channels_last_weight_written_through_data_are_seen():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, bias=False), torch.nn.BatchNorm2d(16)).eval()
+    model, x = model.to(memory_format=torch.channels_last), torch.ones(2, 8, 5, 5)
+    optimized = kpx.optimize(model)
+    _same(optimized, model, x)
+    model[0].weight.data[3:5].zero_()
+    _same(optimized, model, x)
+
+
 def test_weights_made_in_inference_mode_are_read_at_each_call():
     with torch.inference_mode():
         model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 1, bias=False), torch.nn.BatchNorm2d(16)).eval()

@@ -254,6 +254,13 @@ def test_what_is_written_may_be_an_expanded_value():
     _assert_same(kpx.optimize(Model(function), config=CONFIG, fullgraph=True)(_t(4, 5)), function(_t(4, 5)))
 
 
+def test_a_reduction_that_keeps_dimensions_writes_nothing():
+    def function(x):
+        return x[:1].expand(4, 5)[2].sum(-1, True)
+
+    _assert_same(kpx.optimize(Model(function), config=CONFIG, fullgraph=True)(_t(4, 5)), function(_t(4, 5)))
+
+
 @pytest.mark.parametrize("write", [
     lambda y: y.unfold(1, 3, 1).mul_(2),
     lambda y: y.unfold(1, 3, 1)[:, 1].mul_(2),
