@@ -8,7 +8,7 @@ PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile --duration
 # Compilers for targets that are not here, where the tests of all environments find them.
 export KPX_PLUGINS ?= $(CURDIR)/.plugins
 
-.PHONY: demo test test-slow lint format skeletons wheel-test readme-test clean
+.PHONY: demo test test-slow test-changed lint format skeletons wheel-test readme-test clean
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ test: .venv/.installed .plugins/.installed
 # What repeats a check over many cases: every target's every model, the op database, random programs, patterns.
 test-slow: .venv/.installed .plugins/.installed
 	$(BIN)/python -m $(PYTEST) tests -m slow
+
+# The slow tests of what changed since the last commit that passed all of them, and a fifth of the others: another one at
+# each commit. Where that commit is not in the clone, all.
+test-changed: .venv/.installed .plugins/.installed
+	$(BIN)/python -m $(PYTEST) tests -m slow --changed-since "$$(cat .ci/passed)" --share "$$(git rev-list --count HEAD)/5"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
+pytest_plugins = ["tests.selection"]
+
 
 @pytest.fixture(autouse=True)
 def _no_kpx_variables(monkeypatch):

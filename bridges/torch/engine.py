@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from kpx.bridges.torch import internals
+from kpx.bridges.torch.classes import ClassWatch
 from kpx.bridges.torch.graphs import Settings
 from kpx.bridges.torch.shapes import ShapeHistory
 from kpx.errors import CaptureError, GraphBreakWarning, KpxError, RecompileWarning
@@ -55,6 +56,7 @@ class Engine:
         self._dynamic = dynamic
         self._compiled: Any = None
         self._reason: str | None = None  # why the last capture was not the first
+        self._classes: ClassWatch  # of the model's modules, when they were captured
         self._global_hooks: tuple = ()  # when the capture began: Dynamo does not guard that there are none
         self._history = settings.history or ShapeHistory(settings.label.strip("`"))
         self._lock = threading.RLock()  # for models that write their own state
@@ -70,7 +72,7 @@ class Engine:
         if internals.is_tracing_elsewhere():
             return self._frame(self.model, args, kwargs)
         fork.check()
-        if self._compiled is None or self._global_hooks != internals.global_hooks():
+        if self._compiled is None or self._global_hooks != internals.global_hooks() or self._classes.changed():
             with self._lock:
                 self._start()
         if self.settings.runs and not self.settings.writes_state:
@@ -88,10 +90,10 @@ class Engine:
     def _start(self) -> None:
         hooks = internals.global_hooks()
         if self._compiled is not None:
-            if self._global_hooks == hooks:
+            if self._global_hooks == hooks and not self._classes.changed():
                 return
             self.reset()
-        self._global_hooks = hooks
+        self._global_hooks, self._classes = hooks, ClassWatch(self.model)
         from kpx.bridges.torch.dynamo import compile_with
 
         own = weakref.ref(self)
@@ -130,6 +132,7 @@ class Engine:
         if len(self._breaks) > breaks:
             warnings.warn(_broken(self.settings.label, self._breaks[breaks:]), GraphBreakWarning, stacklevel=3)
         if settings.captures != captures:
+            self._classes = ClassWatch(self.model)  # of modules that are new, too
             self._note_capture(settings.captures)
         if settings.compilations != compilations:
             leaves = pytree.tree_leaves((args, kwargs))

@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch._guards import TracingContext
 
 from kpx.bridges.torch.exported import TENSOR
 from kpx.bridges.torch.fingerprint import graph_fingerprint
-from kpx.bridges.torch.interpret import as_jax_function, is_random, module_path, unsupported_nodes
+from kpx.bridges.torch.interpret import as_jax_function, is_known, is_random, module_path, unsupported_nodes
 from kpx.bridges.torch.invoke import TensorProgram
 from kpx.bridges.torch.outputs import Outputs
 from kpx.bridges.torch.shapes import ShapeHistory
@@ -310,15 +310,18 @@ class CompiledGraph:
     def _segments(self) -> list[Segment]:
         return self._schedule.segments if isinstance(self._schedule, _Schedule) else [self._schedule]
 
-    def _replan(self, eager: set[torch.fx.Node]) -> None:
+    def _replan(self, eager: set[torch.fx.Node], refusals: Mapping[torch.fx.Node, str] | None = None) -> None:
         """Run some operators in eager PyTorch, and compile what is between them.
+
+        Args:
+            refusals: what the rules of some of them say of this case.
 
         Raises:
             UnsupportedError: there are some, and the graph must be compiled whole.
         """
         self._eager |= eager
         if self._eager and not self._settings.fullgraph:
-            warnings.warn(_broken(self._settings.label, self._eager), GraphBreakWarning, stacklevel=2)
+            warnings.warn(_broken(self._settings.label, self._eager, refusals), GraphBreakWarning, stacklevel=2)
             self._schedule: Segment | _Schedule = _Schedule(
                 self._graph, self._eager, self._kind, self._settings, self._roles
             )
@@ -336,7 +339,7 @@ class CompiledGraph:
                 own = {self._original(n) for n in nodes} - {None}
                 if self._settings.fullgraph or not own:
                     raise
-                self._replan(own)
+                self._replan(own, dict.fromkeys(own, str(error)))
         results = self._outputs.take(args, computed)
         args.clear()  # the caller gives its inputs up, so that they need not outlive their use
         return results
@@ -470,15 +473,20 @@ def boxed(graph: CompiledGraph) -> Callable[[list[Any]], list[Any]]:
     return run
 
 
-def _broken(label: str, eager: set[torch.fx.Node]) -> str:
+def _broken(label: str, eager: set[torch.fx.Node], refusals: Mapping[torch.fx.Node, str] | None = None) -> str:
+    refusals = refusals or {}
     lines = []
     for node in sorted(eager, key=lambda n: n.name):
         where = (node.meta.get("stack_trace") or "").strip().splitlines()[-2:]
         path = module_path(node)
         lines.append(f"  {node.target}" + (f", in `{path}`" if path else ""))
         lines += [f"    {line.strip()}" for line in where]
+        if node in refusals:
+            lines += [f"    {line.strip()}" for line in refusals[node].splitlines()]
+    without_rule = any(not is_known(node.target) for node in eager)
+    remedy = "Add a rule with `@kpx.bridges.torch.lowers(op)`, or pass" if without_rule else "Pass"
     return (
-        f"{label} runs in parts: eager PyTorch computes {len(eager)} operator(s) that kpx has no lowering rule for:\n"
+        f"{label} runs in parts: eager PyTorch computes {len(eager)} operator(s) that kpx does not lower:\n"
         + "\n".join(dict.fromkeys(lines))
-        + "\nEverything is computed. Add a rule with `@kpx.bridges.torch.lowers(op)`, or pass `fullgraph=True` to refuse."
+        + f"\nEverything is computed. {remedy} `fullgraph=True` to refuse."
     )

@@ -138,6 +138,21 @@ def test_an_infinity_makes_its_row_of_a_quantized_product_nan():
     assert ours.isnan().sum() == 256
 
 
+def test_torch_compile_does_not_see_a_method_that_is_replaced(monkeypatch):
+    class Doubles(torch.nn.Module):
+        def forward(self, x):
+            return self.scaled(x)
+
+        def scaled(self, x):
+            return x * 2
+
+    model = Doubles()
+    compiled, optimized = torch.compile(model, backend="kpx"), kpx.optimize(model)
+    assert compiled(torch.ones(1)).item() == optimized(torch.ones(1)).item() == 2
+    monkeypatch.setattr(Doubles, "scaled", lambda self, x: x * 3)
+    assert (compiled(torch.ones(1)).item(), optimized(torch.ones(1)).item()) == (2, 3)
+
+
 def test_the_table_has_a_row_for_each_test():
     rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")][1:]
     names = [name for name in globals() if name.startswith("test_")]

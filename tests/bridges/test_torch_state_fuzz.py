@@ -16,10 +16,12 @@ ALL = 300
 SLOW = int(os.environ.get("KPX_STATE_SEQUENCES", "20"))
 
 
+UNGUARDED = sorted(name for name, mutation in MUTATIONS.items() if not mutation.is_guarded)
+
+
 def test_sequences_draw_from_forty_kinds_of_mutations_over_twelve_models():
     drawn = [session.sequence(seed) for seed in range(ALL)]
-    guarded = [mutation for mutation in MUTATIONS.values() if mutation.is_guarded]
-    assert len({step.name for script in drawn for step in script.steps}) == len(guarded) >= 40
+    assert len({step.name for script in drawn for step in script.steps}) == len(MUTATIONS) >= 40
     assert len({script.kind for script in drawn}) == len(KINDS) >= 12
 
 
@@ -48,11 +50,34 @@ def test_a_difference_is_found_and_shrunk_to_the_step_that_makes_it(monkeypatch)
     assert smallest.message.startswith("output: differs")
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo guards neither methods of classes nor attributes that shadow a base's")
-@pytest.mark.parametrize("name", sorted(name for name, m in MUTATIONS.items() if not m.is_guarded))
-def test_what_dynamo_does_not_guard(name):
-    script = session.Script(0, "container", "optimize", False, False, (session.Step(name, 1),))
+@pytest.mark.parametrize("door", ["optimize", "inplace"])
+@pytest.mark.parametrize("name", UNGUARDED)
+def test_changed_classes_are_seen(name, door):
+    script = session.Script(0, "container", door, False, False, (session.Step(name, 1),))
     assert session.run(script) is None
+
+
+@pytest.mark.xfail(strict=True, reason="Dynamo guards neither methods of classes nor attributes that shadow a base's")
+@pytest.mark.parametrize("name", UNGUARDED)
+def test_changed_classes_are_not_seen_by_dynamo(name):
+    script = session.Script(0, "container", "compile", False, False, (session.Step(name, 1),))
+    assert session.run(script) is None
+
+
+def test_a_class_attribute_that_counts_does_not_capture_again():
+    class Counts(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            return x + 1
+
+    model = Counts()
+    optimized = kpx.optimize(model)
+    settings = type(optimized)._kpx_engine.settings
+    for _ in range(4):
+        optimized(torch.ones(2))
+        Counts.calls += 1
+    assert settings.captures == 1
 
 
 def test_hook_of_all_modules_is_seen_when_added_and_when_removed():

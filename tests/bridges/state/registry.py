@@ -104,7 +104,7 @@ class Mutation:
     """A kind of mutation: of each side, or of what both share.
 
     Attributes:
-        is_guarded: Dynamo sees it. What it does not see is PyTorch's own limit, and is drawn on demand alone.
+        is_guarded: Dynamo sees it. What it does not see is drawn for kpx's own doors alone.
     """
 
     name: str

@@ -89,7 +89,8 @@ def sequence(seed: int, door: str | None = None, kind: str | None = None) -> Scr
     rng = random.Random(seed)
     drawn_kind, drawn_door = rng.choice(sorted(KINDS)), rng.choice(_DRAWN)
     grad, training = rng.random() < 0.4, rng.random() < 0.4
-    names = sorted(name for name, mutation in MUTATIONS.items() if mutation.is_guarded)
+    by_dynamo = (door or drawn_door) not in ("optimize", "inplace")
+    names = sorted(name for name, mutation in MUTATIONS.items() if mutation.is_guarded or not by_dynamo)
     steps = tuple(Step(rng.choice(names), rng.randrange(2**31)) for _ in range(rng.randint(4, 8)))
     return Script(seed, kind or drawn_kind, door or drawn_door, grad, training, steps)
 
