@@ -1,7 +1,8 @@
-"""Selection of slow tests by what changed: `--changed-since COMMIT --share K/N`.
+"""Which tests are slow, and which slow tests CI runs: `--record-slow`, `--changed-since COMMIT`, `--share K/N`.
 
-CI runs every quick test, the slow tests of what changed since the last commit that passed, and one Nth of the other slow
-tests, another one at each commit. `make test-slow` runs all.
+A test is slow if it is marked so, or listed in tests/data/slow.txt, which a full run records: cases that take over a second,
+but for the cheapest case of each test. `make test` leaves slow tests out and `make test-slow` runs them. CI runs those of what
+changed since the last commit that passed them all, and one Nth of the others, another one at each commit.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import zlib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+SLOW = ROOT / "tests" / "data" / "slow.txt"
+
+_SECONDS = 1.0  # a case that takes longer is slow
+_SECONDS_OF_CHEAPEST = 5.0  # so is the cheapest case of a test that takes longer than this
 
 # What a folder of tests checks directly. A folder that is not listed checks the package of its name.
 _SOURCES = {
@@ -49,13 +55,49 @@ def in_share(node: str, index: int, count: int) -> bool:
     return zlib.crc32(node.encode()) % count == index % count
 
 
+def slow_cases(seconds: Mapping[str, float]) -> list[str]:
+    """Return the node ids of the cases that are slow, given the seconds that each took."""
+    cases: dict[str, list[str]] = defaultdict(list)
+    for node in seconds:
+        cases[node.partition("[")[0]].append(node)
+    slow = []
+    for nodes in cases.values():
+        cheapest = min(nodes, key=lambda node: seconds[node])
+        slow += [n for n in nodes if seconds[n] > (_SECONDS_OF_CHEAPEST if n == cheapest else _SECONDS)]
+    return sorted(slow)
+
+
+class _Recorder:
+    """Writes tests/data/slow.txt at the end of a run of all tests."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        SLOW.write_text("".join(f"{node}\n" for node in slow_cases(self._seconds)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-slow") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Recorder())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("selection")
+    group.addoption("--record-slow", action="store_true", help=f"write {SLOW.name}: the tests that take long")
     group.addoption("--changed-since", metavar="COMMIT", help="run the tests of what changed since this commit")
     group.addoption("--share", metavar="K/N", help="beside them, run share K of N of the other tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    listed = frozenset(SLOW.read_text().splitlines()) if SLOW.exists() else frozenset()
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
     commit, share = config.getoption("--changed-since"), config.getoption("--share")
     if commit is None and share is None:
         return

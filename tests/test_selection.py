@@ -58,3 +58,15 @@ def test_shares_of_a_run_partition_its_tests():
     assert len(everything) > 3
     assert shares[0] | shares[1] == everything
     assert not shares[0] & shares[1]
+
+
+def test_the_cheapest_case_of_a_test_stays_quick():
+    seconds = {
+        "a.py::x[1]": 3.0,
+        "a.py::x[2]": 2.0,
+        "a.py::x[3]": 0.5,
+        "a.py::y": 4.0,
+        "a.py::z[1]": 9.0,
+        "a.py::z[2]": 6.0,
+    }
+    assert selection.slow_cases(seconds) == ["a.py::x[1]", "a.py::x[2]", "a.py::z[1]", "a.py::z[2]"]
