@@ -92,6 +92,6 @@ def test_a_program_runs_as_main_with_its_arguments(tmp_path):
         "if __name__ == '__main__':\n    f(jnp.ones(8)).block_until_ready()\n    print(sys.argv[1:])\n"
     )
     command = [sys.executable, "-m", "kpx", "run", str(tmp_path / "train.py"), "--rate", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
     assert "['--rate', '3']" in done.stdout
     assert "kpx: 1 modules rewritten" in done.stderr

@@ -169,7 +169,7 @@ arrays = [to_array(tensor, jax.devices("cpu")[0]) for tensor in tensors]
 
 
 def test_a_process_that_ends_as_unaligned_tensors_are_read_ends_well():
-    done = subprocess.run([sys.executable, "-c", _UNALIGNED], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", _UNALIGNED], capture_output=True, text=True, timeout=1200)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -274,7 +274,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.parametrize("batch", [2, 3], ids=["compiled shape", "new shape"])
 def test_forked_child_works_or_says_why_not(batch):
     command = [sys.executable, "-c", _FORK, str(batch)]
-    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=240)
+    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=1200)
     assert result.returncode in (0, 3), f"{result.returncode}: {result.stderr.decode()[-2000:]}"
 
 
@@ -299,7 +299,7 @@ if __name__ == "__main__":
 def test_spawned_child_optimizes_the_same_model(tmp_path):
     script = tmp_path / "spawn.py"
     script.write_text(_SPAWN)
-    subprocess.run([sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=240)
+    subprocess.run([sys.executable, str(script)], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=1200)
 
 
 _EXIT = """
@@ -318,5 +318,5 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_forked_child_exits():
     """The destructor of JAX's client would wait for threads that the child does not have."""
     command = [sys.executable, "-c", _EXIT]
-    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=240)
+    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, timeout=1200)
     assert result.returncode == 5, result.stderr.decode()[-2000:]

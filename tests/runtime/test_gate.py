@@ -261,7 +261,7 @@ def test_processes_that_measure_at_once_lose_and_damage_nothing(tmp_path):
     command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(_PROCESS)]
     running = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in running:
-        assert process.wait(timeout=300) == 0, process.stderr and process.stderr.read()
+        assert process.wait(timeout=1200) == 0, process.stderr and process.stderr.read()
     assert len(_memory()["choices"]) == 6
 
 

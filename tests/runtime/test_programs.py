@@ -233,16 +233,16 @@ def _process(folder, *arguments):
 
 def test_a_thousand_runs_of_a_cached_model_from_four_processes_compile_nothing(tmp_path):
     first = _process(tmp_path, "new", 1)
-    assert first.wait(timeout=300) == 0, first.stderr and first.stderr.read()
+    assert first.wait(timeout=1200) == 0, first.stderr and first.stderr.read()
     running = [_process(tmp_path, "cached", 250) for _ in range(4)]
     for process in running:
-        assert process.wait(timeout=300) == 0, process.stderr and process.stderr.read()
+        assert process.wait(timeout=1200) == 0, process.stderr and process.stderr.read()
 
 
 def test_four_processes_that_compile_at_once_agree(tmp_path):
     running = [_process(tmp_path, "new", 10) for _ in range(4)]
     for process in running:
-        assert process.wait(timeout=300) == 0, process.stderr and process.stderr.read()
+        assert process.wait(timeout=1200) == 0, process.stderr and process.stderr.read()
     (file,) = (tmp_path / "programs").glob("*.kpx")
     assert file.stat().st_size
 
