@@ -64,7 +64,8 @@ def _tag(cls: type) -> ctypes.c_uint:
 @functools.cache
 def has_version_tags() -> bool:
     """Return whether this interpreter has a version tag where CPython has it; where it has none, nothing is watched."""
-    if type.__basicsize__ < _VERSION_TAG + ctypes.sizeof(ctypes.c_uint):
+    size: int = type.__basicsize__  # type: ignore[assignment]
+    if size < _VERSION_TAG + ctypes.sizeof(ctypes.c_uint):
         return False
 
     class Base:

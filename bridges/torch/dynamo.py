@@ -42,11 +42,21 @@ def decompositions() -> dict:
     return {op: f for op, f in table.items() if op not in kept}
 
 
-def compilers(settings: Settings) -> dict[str, Any]:
-    """Return AOTAutograd's options: compilers of the graphs, how to partition them, what to decompose."""
+def compilers(settings: Settings, compiled: list[CompiledGraph] | None = None) -> dict[str, Any]:
+    """Return AOTAutograd's options: compilers of the graphs, how to partition them, what to decompose.
+
+    Args:
+        compiled: a list to which compiled inference graphs are appended.
+    """
 
     def compiler(kind: str) -> Callable:
-        return lambda graph, example_inputs: boxed(CompiledGraph(graph, settings, kind))
+        def compile_graph(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+            result = CompiledGraph(graph, settings, kind)
+            if compiled is not None and kind == "inference":
+                compiled.append(result)
+            return boxed(result)
+
+        return compile_graph
 
     return {
         "fw_compiler": compiler("forward"),
@@ -121,10 +131,13 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
             return graph
     settings.captures += 1
     settings.writes_state = settings.writes_state or internals.writes_python_state()
+    direct: Callable | None = None
     try:
         correct_writes(graph)
+        inference: list[CompiledGraph] = []
         with tangent_layouts(graph), internals.without_python_kernels(kept_whole()), internals.without_tensorify(graph):
-            compiled = aot_autograd(**compilers(settings))(graph, example_inputs)
+            compiled = aot_autograd(**compilers(settings, inference))(graph, example_inputs)
+            direct = _direct(inference, len(example_inputs))
     except (RuntimeError, UnsupportedError) as error:
         refused = error if isinstance(error, UnsupportedError) else refusal(error)
         if refused is None or (settings.fullgraph and refused is error):
@@ -133,7 +146,24 @@ def compile_with(graph: torch.fx.GraphModule, example_inputs: Sequence[Any], set
             raise refused from error
         warnings.warn(f"{settings.label}: {refused}\nEager PyTorch runs this part.", GraphBreakWarning, stacklevel=2)
         return graph
+    if direct is not None:
+        return direct
     return _on_aliases(compiled, graph, written_inputs(), example_inputs)
+
+
+def _direct(graphs: list[CompiledGraph], inputs: int) -> Callable | None:
+    """Return a callable of the inputs' values around AOTAutograd's wrapper, where that has nothing to do; else None."""
+    context = TracingContext.try_get()
+    if len(graphs) != 1 or context is None:
+        return None
+    (graph,) = graphs
+    if not internals.is_called_as_it_is(context.fw_metadata, inputs, graph.inputs):
+        return None
+
+    def call(*args):
+        return graph(list(args))
+
+    return call
 
 
 def _on_aliases(compiled: Callable, graph: Callable, written: Sequence[int], example_inputs: Sequence[Any]) -> Callable:

@@ -128,6 +128,7 @@ class _Program:
             arrays_only, weights, inputs, segment.is_random, settings.target, config,
             saved=None if saved is None else saved["program"], gradients=cotangents,
         )  # fmt: skip
+        self._gives_tensors = all(o is TENSOR for o in self._outputs)
         self._unsaved = None if key is None or saved is not None else (str(config.cache_dir), key)
         names = [segment.names[i] for i in self._weights]
         self.sets = WeightSets(self._call.model, names, settings.target.device)
@@ -150,8 +151,10 @@ class _Program:
         if self._unsaved is not None:  # what was measured as the fastest is saved
             place, self._unsaved = self._unsaved, None
             programs.save(*place, {"outputs": self._marked(), "program": self._call.saved()})
-        results = iter(self._call([_tensor(args[i]) for i in self._inputs], held))
-        return [to_tensor(next(results)) if p is TENSOR else p for p in self._outputs]
+        results = map(to_tensor, self._call([_tensor(args[i]) for i in self._inputs], held))
+        if self._gives_tensors:
+            return list(results)
+        return [next(results) if p is TENSOR else p for p in self._outputs]
 
 
 def _cache_key(
@@ -273,7 +276,11 @@ class Roles:
 
 
 class CompiledGraph:
-    """A functional ATen graph, called with a list of its inputs, which it empties."""
+    """A functional ATen graph, called with a list of its inputs, which it empties.
+
+    Attributes:
+        inputs: how many inputs it takes.
+    """
 
     def __init__(self, graph: torch.fx.GraphModule, settings: Settings, kind: str):
         """Plan the graph; programs are compiled at the first call of each set of sizes.
@@ -290,6 +297,7 @@ class CompiledGraph:
         self._graph = self._outputs.graph
         self._kind, self._settings = kind, settings
         names = [n.name for n in self._graph.find_nodes(op="placeholder")]
+        self.inputs = len(names)
         # AOTAutograd's own name for what the backward pass is called with beside saved values.
         cotangents = frozenset(i for i, n in enumerate(names) if kind == "backward" and n.startswith("tangents_"))
         self._roles = Roles(_weights(len(names)) if kind == "inference" else [], cotangents)
@@ -397,7 +405,7 @@ class _Schedule:
             return operator.attrgetter(str(n.target))(self._owner) if n.op == "get_attr" else values[n]
 
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():  # casts are operators of the graph
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -22,6 +22,16 @@ _numbers = itertools.count()
 _python_kernels = threading.RLock()
 
 
+def tensor_from_capsule(capsule: Any) -> torch.Tensor:
+    """Return a CPU tensor over a DLPack capsule's memory; `torch.from_dlpack` would ask for protocols and devices first."""
+    return torch._C._from_dlpack(capsule)
+
+
+def capsule_from_tensor(tensor: torch.Tensor) -> Any:
+    """Return a DLPack capsule over a tensor's memory."""
+    return torch._C._to_dlpack(tensor)
+
+
 def own_code(function: types.FunctionType) -> types.FunctionType:
     """Return a function with a code object of its own, so that what Dynamo compiles for it is freed with it.
 
@@ -60,11 +70,40 @@ def dynamo_context(
         options["isolate_recompiles"] = True
     _guard_signs_of_zero()
     context = eval_frame.optimize(backend, **options)
-    # By default Dynamo does not see hooks that are added to or removed from a module after it was captured.
     patcher = getattr(torch._dynamo.config, "_make_closure_patcher", None)
-    if patcher is not None and hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards"):
-        context.enter_exit_hooks.append(patcher(skip_nnmodule_hook_guards=False))  # of this thread alone
+    configuration = {name: value for name, value in _CONFIGURATION.items() if hasattr(torch._dynamo.config, name)}
+    if patcher is not None and configuration:
+        context.callback = _Configured(context.callback, patcher(**configuration))
     return context
+
+
+_CONFIGURATION = {
+    # By default Dynamo does not see hooks that are added to or removed from a module after it was captured.
+    "skip_nnmodule_hook_guards": False,
+    # Two calls around each graph's own, for a profiler's sake.
+    "record_runtime_overhead": False,
+}
+
+
+class _Configured:
+    """Dynamo's callback for frames that are not compiled yet, under a configuration of this thread alone.
+
+    Dynamo's own hooks would set the configuration at each call.
+    """
+
+    def __init__(self, callback: Any, enter: Callable[[], Callable[[], Any]]):
+        self._torchdynamo_orig_backend = callback  # Dynamo looks for the backend behind its callback by this name
+        self._enter = enter
+
+    def __call__(self, *args, **kwargs):
+        leave = self._enter()
+        try:
+            return self._torchdynamo_orig_backend(*args, **kwargs)
+        finally:
+            leave()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torchdynamo_orig_backend, name)
 
 
 @functools.cache
@@ -103,6 +142,36 @@ def global_hooks() -> tuple:
         module._global_backward_hooks, module._global_backward_pre_hooks,
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(map(dict.values, dicts)))
+
+
+def is_called_as_it_is(metadata: Any, inputs: int, placeholders: int) -> bool:
+    """Return whether an inference graph can be called without AOTAutograd's wrapper, which would change nothing.
+
+    Args:
+        metadata: AOTAutograd's, of the graph; None where there is none.
+        inputs, placeholders: how many inputs Dynamo's graph and AOTAutograd's have.
+    """
+    if metadata is None or inputs != placeholders:
+        return False
+    try:
+        from torch._functorch._aot_autograd.schemas import OutputType, PlainTensorMeta
+
+        subclasses = [*metadata.subclass_inp_meta, *metadata.subclass_fw_graph_out_meta]
+        return (
+            not any(info.mutates_data or info.mutates_metadata for info in metadata.input_info)
+            and all(info.output_type == OutputType.non_alias for info in metadata.output_info)
+            and all(isinstance(meta, PlainTensorMeta) for meta in subclasses)
+            and metadata.grad_enabled_mutation is None
+            and not (
+                metadata.num_intermediate_bases
+                or metadata.tokens
+                or metadata.dynamic_outputs
+                or metadata.is_rng_op_functionalized
+                or metadata.num_graphsafe_rng_states
+            )
+        )
+    except (ImportError, AttributeError):  # another version's: its wrapper knows
+        return False
 
 
 def graph_breaks() -> list[Any]:

@@ -14,7 +14,7 @@ from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
 from kpx.bridges.torch.exported import TENSOR, ExportedFunction, Signature
 from kpx.bridges.torch.outputs import Layout
-from kpx.bridges.torch.tensors import canonical, dense_order, to_array, to_tensor
+from kpx.bridges.torch.tensors import InputArrays, canonical, dense_order, to_array, to_tensor
 from kpx.bridges.torch.weights import LiveWeights
 from kpx.config import Config
 from kpx.hardware.target import Target
@@ -67,6 +67,7 @@ class TensorProgram:
         count = len(inputs)
         self._orders = [dense_order(t) for t in inputs]
         self._is_row_major = not any(self._orders)
+        self._arrays = [InputArrays(self._device) for _ in inputs]
         back = [None if o is None else tuple(np.argsort(o)) for o in self._orders]
 
         def with_checks(weights, arrays):
@@ -107,18 +108,13 @@ class TensorProgram:
             IndexError: an index is out of range.
             LinAlgError: a matrix is singular, or not positive-definite.
         """
-        device = self._device
         held = self.model.held if held is None else held
         if not self._is_row_major:
             tensors = self._ordered(tensors)
-        arrays = [to_array(t, device) for t in tensors]
+        arrays = [array_of(t) for array_of, t in zip(self._arrays, tensors, strict=True)]
         if self._needs_key:
-            arrays.append(_draw_key(device))
-        try:
-            results = self.model.run_with(held, *arrays)
-        except ValueError:  # a dimension of size 1 with a stride of its own reads as another layout
-            arrays[: len(tensors)] = [to_array(canonical(t), device) for t in tensors]
-            results = self.model.run_with(held, *arrays)
+            arrays.append(_draw_key(self._device))
+        results = self.model.call([*held, *arrays])
         if self._is_plain:
             return results
         if self._messages:

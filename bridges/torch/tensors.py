@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import jax
 import torch
-from torch.utils import dlpack
 
 from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.internals import capsule_from_tensor, tensor_from_capsule
 from kpx.errors import InputError
 from kpx.jax_internals import array_from_capsule, capsule_from_array
 
+_MOST_ADDRESSES = 16  # that an input's arrays are kept for
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALIGNED = 64  # bytes; XLA reads in place what begins at a multiple, as memory of PyTorch's own does
 
 
@@ -28,9 +32,48 @@ def to_array(tensor: torch.Tensor, device: jax.Device) -> jax.Array:
             # XLA would copy in a thread of its own, which then gives the tensor back to Python: at a time when the
             # interpreter may be ending, and that aborts the process.
             tensor = tensor.detach().clone()
-        return array_from_capsule(dlpack.to_dlpack(tensor), device)
+        return array_from_capsule(capsule_from_tensor(tensor), device)
     except (RuntimeError, ValueError, BufferError) as error:
-        return array_from_capsule(dlpack.to_dlpack(plain(tensor, error)), device)
+        return array_from_capsule(capsule_from_tensor(plain(tensor, error)), device)
+
+
+class InputArrays:
+    """JAX arrays over the memory of the tensors that one input of a program is given, made once for each address.
+
+    PyTorch's allocator gives a loop's tensors a few addresses over and over. A kept array does not own its memory, so that
+    no tensor outlives its use; it is read only in calls with a tensor at that address. All tensors have one shape and dtype.
+    """
+
+    def __init__(self, device: jax.Device):
+        self._device = device
+        self._arrays: dict[int, jax.Array] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> jax.Array:
+        """Return an array of a tensor's values, over its memory where that is contiguous and aligned.
+
+        Raises:
+            InputError: the tensor is not a dense CPU tensor of a dtype JAX has.
+        """
+        try:
+            array = self._arrays.get(tensor.data_ptr())
+        except RuntimeError:  # a tensor of another layout, which has no address
+            return to_array(tensor, self._device)
+        if array is None or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
+            return self._new(tensor)
+        return array
+
+    def _new(self, tensor: torch.Tensor) -> jax.Array:
+        address = tensor.data_ptr()
+        is_view = tensor.is_neg() or tensor.is_conj() or not tensor.is_contiguous()
+        if is_view or not address or address % _ALIGNED or type(tensor) not in _PLAIN or tensor.device.type != "cpu":
+            return to_array(canonical(tensor), self._device)
+        memory = (ctypes.c_char * tensor.nbytes).from_address(address)
+        unowned = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+        array = array_from_capsule(capsule_from_tensor(unowned), self._device)
+        if len(self._arrays) >= _MOST_ADDRESSES:
+            self._arrays = {}
+        self._arrays[address] = array
+        return array
 
 
 def plain(tensor: torch.Tensor, error: Exception | None = None) -> torch.Tensor:
@@ -68,4 +111,4 @@ def canonical(tensor: torch.Tensor) -> torch.Tensor:
 
 def to_tensor(array: jax.Array) -> torch.Tensor:
     """A tensor over a JAX array's memory; waits until it is computed."""
-    return dlpack.from_dlpack(capsule_from_array(array))
+    return tensor_from_capsule(capsule_from_array(array))

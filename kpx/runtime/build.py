@@ -22,6 +22,7 @@ from kpx.ir import module as m
 from kpx.ir.call import call_module
 from kpx.ir.rewrite import Fuel
 from kpx.ir.split import COTANGENT, Split, mark_arguments, mark_weights, split
+from kpx.jax_internals import flat_call
 from kpx.kernels import weights_only
 from kpx.kernels.selection import RULES, Selection, read
 from kpx.passes.composites import Device
@@ -252,6 +253,7 @@ class ModelProgram:
     def _use(self, built: _Built) -> None:
         self._built = built
         self.prepare_weights, self.executable = built.halves.prepare_weights, built.executable
+        self.call = flat_call(built.executable)
         self.compiled = Compiled(
             self.run, built.executable, built.halves.run, built.context, self._target,
             prepare_module=built.halves.prepare,
@@ -302,8 +304,11 @@ class ModelProgram:
         return self.executable(*self.held, *inputs)
 
     def run_with(self, held: Sequence[jax.Array], *inputs: jax.Array) -> list[jax.Array]:
-        """Return the outputs for inputs, with weights that `prepared` returned."""
-        return self.executable(*held, *inputs)
+        """Return the outputs for inputs, with weights that `prepared` returned.
+
+        Inputs must be arrays of the shapes and dtypes that this was compiled for, on its device: they are not checked.
+        """
+        return self.call([*held, *inputs])
 
 
 def _struct(array: Any) -> jax.ShapeDtypeStruct:
