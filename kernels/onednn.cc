@@ -204,7 +204,12 @@ void Convolve(XLA_FFI_CallFrame* frame) {
   const int64_t images = std::max<int64_t>(1, c.batch / threads);
   const int64_t parts = (c.batch + images - 1) / images;
   const int64_t cuts = parts >= threads ? 1 : std::min((threads + parts - 1) / parts, c.height_out);
-  const int64_t rows = (c.height_out + cuts - 1) / cuts, bands = (c.height_out + rows - 1) / rows;
+  int64_t rows = (c.height_out + cuts - 1) / cuts;
+  // A band of few rows that are mostly padding may have but a plain loop: it is computed with the others.
+  for (int64_t from = 0; rows < c.height_out && from < c.height_out; from += rows) {
+    if (c.For(1, from, std::min(from + rows, c.height_out)).is_plain) rows = c.height_out;
+  }
+  const int64_t bands = (c.height_out + rows - 1) / rows;
   kpx::Tasks::Run(frame, parts * bands, threads, [&](int64_t task) {
     const int64_t image = task / bands * images, from = task % bands * rows, to = std::min(from + rows, c.height_out);
     const int64_t count = std::min(images, c.batch - image);
@@ -254,19 +259,20 @@ int64_t kpx_onednn_bytes(const int64_t* sizes, int64_t count, const int64_t* ste
     CheckUnfused(then.Unfused(), type(1));
     if (count != kProductSizes) {
       const Convolution c = ConvolutionOf({sizes, count}, type(0), type(1), then);
-      c.For(c.batch, 0, c.height_out);
+      if (c.For(c.batch, 0, c.height_out).is_plain || c.For(1, 0, c.height_out).is_plain || c.Packing().is_plain) return -1;
       return Aligned(c.Packing().weights.get_size());
     }
     const Product p = quantized ? ProductOf({sizes, count}, Type::s8, Type::s32, {})
                                 : ProductOf({sizes, count}, type(0), type(1), then);
     if (quantized) {
       const QuantizedProduct q = {p, type(0), type(1), then};
-      q.Finisher(q.Band());
+      if (q.Finisher(q.Band()).is_plain) return -1;
     }
     int64_t bytes = 0;
     for (int64_t block = 0; block < p.blocks; ++block) {
       if (!p.Width(block)) continue;
-      p.For(std::min(p.rows, kPackedFor), p.Width(block));
+      const int64_t width = p.Width(block);
+      if (p.For(std::min(p.rows, kPackedFor), width).is_plain || p.Packing(width).is_plain) return -1;
       bytes += p.Bytes(block);
     }
     return bytes;

@@ -4,6 +4,7 @@
 #define KPX_KERNELS_ONEDNN_H_
 
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -49,7 +50,11 @@ struct Ready {
   dnnl::primitive primitive;
   std::vector<std::pair<int, memory::desc>> arguments;
   memory::desc weights, scratch;
+  bool is_plain = false;  // oneDNN has but a plain loop for it
 };
+
+template <class Description>
+bool IsPlain(const Description& pd) { return std::strstr(pd.impl_info_str(), "ref") != nullptr; }
 
 // What a thread needs to run a primitive.
 struct Bound {

@@ -154,8 +154,7 @@ void Finish(const Steps& steps, Type out, const Tile& part, void* tile, void* co
 
 template <class Description>
 Ready Finished(const Description& pd, std::vector<std::pair<int, memory::desc>> arguments) {
-  if (std::strstr(pd.impl_info_str(), "ref") != nullptr) throw std::runtime_error("oneDNN has but a plain loop for it");
-  return {dnnl::primitive(pd), std::move(arguments), pd.weights_desc(), pd.scratchpad_desc()};
+  return {dnnl::primitive(pd), std::move(arguments), pd.weights_desc(), pd.scratchpad_desc(), IsPlain(pd)};
 }
 
 // Products ----------------------------------------------------------------------------------------------------------

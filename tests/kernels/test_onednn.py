@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -150,6 +151,33 @@ def test_a_convolution_with_batch_norm_and_relu_is_one_call(sizes, dtype):
         text = _check(model, (x,), "kpx_onednn_conv", relative=2e-6 if dtype == torch.float32 else 2e-2)
         assert "stablehlo.maximum" not in text
         assert "stablehlo.add" not in text
+
+
+def _drawn(rng):
+    """A convolution, and an input that it takes: small images, whose padding may be most of a band of rows."""
+    while True:
+        channels, kernel, padding = rng.choice((8, 16, 64, 384)), rng.choice((1, 3, 5, 7, 9)), rng.choice((0, 1, 2))
+        stride, dilation, depthwise = rng.choice((1, 1, 2)), rng.choice((1, 1, 2)), rng.random() < 0.6
+        padding = (0, kernel // 2, kernel - 1)[padding]
+        n, height, width = rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 9)
+        if min(height, width) + 2 * padding > dilation * (kernel - 1):
+            conv = torch.nn.Conv2d(channels, channels, kernel, stride, padding, dilation, channels if depthwise else 1)
+            return conv, torch.randn(n, channels, height, width)
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(s, marks=pytest.mark.slow) for s in range(4, 60))])
+def test_a_convolution_of_a_small_image_is_right(seed):
+    torch.manual_seed(seed)
+    conv, x = _drawn(random.Random(seed))
+    _check(torch.nn.Sequential(conv, torch.nn.ReLU()), (x,))
+
+
+@pytest.mark.parametrize(("channels", "kernel", "size"), [(384, 7, (2, 2)), (384, 5, (3, 9))])
+def test_rows_that_are_mostly_padding_are_computed_with_the_others(channels, kernel, size):
+    torch.manual_seed(0)
+    groups, padding = (channels, 3) if kernel == 7 else (1, 4)
+    conv = torch.nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)
+    _check(torch.nn.Sequential(conv, torch.nn.ReLU()), (torch.randn(1, channels, *size),))
 
 
 def test_a_residual_network_adds_inside_its_convolutions():
