@@ -17,6 +17,7 @@ from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch.decompose import OWN, decompose_apart
 from kpx.bridges.torch.internals import without_python_kernels
 from kpx.bridges.torch.interpret import is_known
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import RULES
 from kpx.bridges.torch.writes import correct_writes, refusal
 from kpx.errors import CaptureError
@@ -53,7 +54,7 @@ def capture(
 @functools.cache
 def kept_whole() -> tuple:
     """Return the operators with a rule that PyTorch would decompose before it asks `decompositions`."""
-    autograd, dropout = torch._C.DispatchKey.Autograd, torch.ops.aten.dropout.default
+    autograd, dropout = torch._C.DispatchKey.Autograd, aten.dropout.default
     ops = [op for op in RULES if isinstance(op, torch._ops.OpOverload) and op is not dropout]
     return tuple(op for op in ops if autograd in op.py_kernels)
 

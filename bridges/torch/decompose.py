@@ -16,6 +16,8 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from kpx.bridges.torch.operators import aten
+
 
 def _threshold_backward(grad: torch.Tensor, x: torch.Tensor, threshold: float) -> torch.Tensor:
     dtype = torch.result_type(grad, x)
@@ -23,14 +25,14 @@ def _threshold_backward(grad: torch.Tensor, x: torch.Tensor, threshold: float) -
 
 
 # Decompositions in place of PyTorch's own, which give another dtype than the op.
-OWN: dict[Any, Callable] = {torch.ops.aten.threshold_backward.default: _threshold_backward}
+OWN: dict[Any, Callable] = {aten.threshold_backward.default: _threshold_backward}
 
-_ALIASES = {torch.ops.aten.detach_.default: torch.ops.aten.detach.default}  # writes nothing
+_ALIASES = {aten.detach_.default: aten.detach.default}  # writes nothing
 
 _COMPUTES = {  # composite ops that give an array of their own
-    torch.ops.aten.batch_norm.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default,
-    torch.ops.aten.conv3d.default, torch.ops.aten.group_norm.default, torch.ops.aten.layer_norm.default,
-    torch.ops.aten.linear.default, torch.ops.aten.matmul.default,
+    aten.batch_norm.default, aten.conv1d.default, aten.conv2d.default,
+    aten.conv3d.default, aten.group_norm.default, aten.layer_norm.default,
+    aten.linear.default, aten.matmul.default,
 }  # fmt: skip
 
 

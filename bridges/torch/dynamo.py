@@ -24,6 +24,7 @@ from kpx.bridges.torch import internals, joint
 from kpx.bridges.torch.capture import kept_whole
 from kpx.bridges.torch.decompose import OWN
 from kpx.bridges.torch.graphs import CompiledGraph, Settings, boxed, written_inputs
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.outputs import tangent_layouts
 from kpx.bridges.torch.registry import RULES
 from kpx.bridges.torch.writes import correct_writes, refusal
@@ -38,7 +39,7 @@ def decompositions() -> dict:
     """PyTorch's decompositions, less the ops that have a rule."""
     table = {**decomposition_table, **core_aten_decompositions(), **OWN}
     # Constants are lifted before they are fake: decomposed, those ops would meet real tensors.
-    kept = {*RULES, torch.ops.aten.lift.default, torch.ops.aten.lift_fresh.default}
+    kept = {*RULES, aten.lift.default, aten.lift_fresh.default}
     return {op: f for op, f in table.items() if op not in kept}
 
 

@@ -15,6 +15,7 @@ import torch
 from kpx.bridges.torch import aten as _aten  # noqa: F401  (registers the rules)
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.operators import aten, hop
 from kpx.bridges.torch.rebase import rebase
 from kpx.bridges.torch.registry import CURRENT, RANDOM, SIZES, bound_sizes, rule_of
 from kpx.bridges.torch.scalars import in_range
@@ -22,9 +23,9 @@ from kpx.errors import KpxError, UnsupportedError
 
 # Ops that check what capturing has already fixed: sizes, dtypes, devices.
 _CHECKS = {
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten.sym_constrain_range.default,
-    torch.ops.aten.sym_constrain_range_for_size.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
 }
 # Arithmetic on sizes, done while tracing.
 _PYTHON = {
@@ -109,7 +110,7 @@ def unsupported_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 
 def _op_of(node: torch.fx.Node) -> Any:
     """A node's op; of an op with effects (a check of errors), the op inside."""
-    return node.args[1] if node.target is torch.ops.higher_order.with_effects else node.target
+    return node.args[1] if node.target is hop.with_effects else node.target
 
 
 def is_known(target: Any) -> bool:
@@ -228,7 +229,7 @@ def _call(node: torch.fx.Node, args: tuple, kwargs: dict) -> Any:
         on_value = any(isinstance(a, jax.Array) for a in args)
         function = _ON_VALUES.get(node.target, node.target) if on_value else node.target
         return function(*args, **kwargs)  # type: ignore[operator]
-    if node.target is torch.ops.higher_order.with_effects:
+    if node.target is hop.with_effects:
         # The token keeps effects in order; ours are checks, which have none.
         result = _run_rule(node, args[1], args[2:], kwargs)
         return (args[0], *(result if isinstance(result, tuple) else (result,)))

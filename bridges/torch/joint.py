@@ -13,7 +13,8 @@ import torch
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-aten = torch.ops.aten
+from kpx.bridges.torch.operators import aten
+
 _GETITEM = operator.getitem
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default)
 _SAME_VALUE = (aten.detach.default, aten.alias.default, aten.clone.default)

@@ -22,10 +22,10 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import bound_sizes
 from kpx.bridges.torch.tensors import dense_order
 
-aten = torch.ops.aten
 _VIEWS = {
     aten.t.default, aten.permute.default, aten.transpose.int, aten.view.default, aten.unsqueeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.alias.default, aten.detach.default, aten.expand.default,

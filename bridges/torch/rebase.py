@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-aten = torch.ops.aten
+from kpx.bridges.torch.operators import aten
+
 # Ops whose results are the operand's memory, unchanged; whether a `view` copied is seen by its storage.
 _VIEWS = {
     aten.alias.default, aten.as_strided.default, aten.chunk.default, aten.detach.default, aten.diagonal.default,

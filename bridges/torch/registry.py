@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kpx.bridges.torch.operators import Absent
 from kpx.errors import KpxError, UnsupportedError
 
 # By overload; by name for the ops of a library that may not be imported.
@@ -111,7 +112,7 @@ def lowers(*overloads, random: bool | Callable[..., bool] = False) -> Callable[[
         def tanh(x): return jnp.tanh(x)
 
     Args:
-        overloads: `torch.ops.aten.tanh.default`; or a name, `"library::op"` (`"library::op.overload"` where it is not
+        overloads: `torch.ops.aten.tanh.default` (one that this PyTorch lacks is left out); or a name, `"library::op"` (`"library::op.overload"` where it is not
             the default one), of an op whose library need not be imported.
         random: the op draws random numbers; the function then takes `key=`, a JAX key of its own at each call. A
             function of the op's arguments tells when it draws (dropout in training alone); else `key` is None.
@@ -121,7 +122,7 @@ def lowers(*overloads, random: bool | Callable[..., bool] = False) -> Callable[[
     """
 
     def register(function: Callable) -> Callable:
-        for overload in overloads:
+        for overload in (o for o in overloads if not isinstance(o, Absent)):
             if overload in RULES:
                 raise KpxError(
                     f"`{overload}` was given a second lowering rule ({function.__module__}); "

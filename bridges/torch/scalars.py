@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kpx.bridges.torch.dtypes import result_type, to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.errors import UnsupportedError
 
 # PyTorch refuses an integer that the dtype of these operators, or of these arguments, cannot hold; others wrap around.
@@ -16,7 +17,7 @@ _CHECKED = {
     "clamp", "clamp_max", "clamp_min", "constant_pad_nd", "fill", "full", "full_like", "hardtanh", "index_fill",
     "masked_fill", "new_full", "scalar_tensor", "scatter", "threshold", "where", "alpha", "beta", "value",
 }  # fmt: skip
-_EXPONENTS = {torch.ops.aten.pow.Tensor_Scalar}
+_EXPONENTS = {aten.pow.Tensor_Scalar}
 
 
 def in_range(op: Any, expected: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from kpx.bridges.torch.operators import aten
 from kpx.errors import UnsupportedError
 
 F = torch.nn.functional
-aten = torch.ops.aten
 _UNFOLDS = {"unfold", torch.Tensor.unfold, aten.unfold.default}
 _FILLS = {"fill_diagonal_", torch.Tensor.fill_diagonal_, aten.fill_diagonal_.default}
 _DROPOUTS = {

@@ -6,14 +6,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch.aten import indexing, nn, pooling, scatter
 from kpx.bridges.torch.aten.common import pullback, sum_dtype
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
-
 
 # Convolution -----------------------------------------------------------------------------------
 

@@ -8,9 +8,8 @@ import torch
 
 from kpx.bridges.torch.aten.common import is_complex, is_float
 from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
 
 
 @lowers(aten.view_as_real.default, aten.view_as_real_copy.default)

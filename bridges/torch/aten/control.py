@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from kpx.bridges.torch.aten.scan import associative_scan
+from kpx.bridges.torch.operators import hop
 from kpx.bridges.torch.registry import lowers
 from kpx.errors import UnsupportedError
-
-hop = torch.ops.higher_order
 
 
 def _draws(*args, **kwargs) -> bool:

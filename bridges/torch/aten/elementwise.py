@@ -7,18 +7,15 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import is_float
 from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, promote_to_float, result_type, to_jax
+from kpx.bridges.torch.operators import aten, prims
 from kpx.bridges.torch.registry import lowers
 from kpx.errors import UnsupportedError
 from kpx.kernels.activation import gelu as fused_gelu
-
-aten, prims = torch.ops.aten, torch.ops.prims
-
 
 # Arithmetic ------------------------------------------------------------------------------------
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-import torch
 
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
 
 
 def _scale(x, normalization: int, count: int):

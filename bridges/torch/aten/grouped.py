@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch.aten.common import sum_dtype
 from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 from kpx.kernels.grouped_matmul import rows_kernel, sums_kernel
 
@@ -17,7 +17,7 @@ def _sizes(ends: jax.Array) -> jax.Array:
     return jnp.diff(ends.astype(jnp.int32), prepend=0)
 
 
-@lowers(torch.ops.aten._grouped_mm.default)
+@lowers(aten._grouped_mm.default)
 def grouped_mm(x, y, offs=None, bias=None, out_dtype=None):
     dtype = x.dtype if out_dtype is None else to_jax(out_dtype)
     if bias is not None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch import checks
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 from kpx.errors import UnsupportedError
-
-aten = torch.ops.aten
 
 
 def _even_edges(low, high, bins: int, dtype):

@@ -8,15 +8,13 @@ smallest integer), so that it cannot look right.
 from __future__ import annotations
 
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import axis, sum_dtype
 from kpx.bridges.torch.aten.scatter import accumulated
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 from kpx.errors import UnsupportedError
-
-aten = torch.ops.aten
 
 
 @lowers(aten.embedding.default)

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten.common import pullback, sum_dtype
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
-
 
 # Interpolation ---------------------------------------------------------------------------------
 

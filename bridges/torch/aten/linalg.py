@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import torch
 from jax.lax import linalg as lax_linalg
 
 from kpx.bridges.torch import checks
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers, was_contiguous
-
-aten = torch.ops.aten
 
 
 def _adjoint(x):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import sum_dtype
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
 
 _MEAN, _SUM = 1, 2
 _LEAST_LOG = -100.0  # of binary cross entropy, as PyTorch clamps it

@@ -5,14 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten.common import sizes, sum_dtype
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 from kpx.kernels import attention, norm
-
-aten = torch.ops.aten
-
 
 # Matrix products -------------------------------------------------------------------------------
 

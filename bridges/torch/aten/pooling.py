@@ -8,12 +8,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten.common import is_float, lowest, sizes, sum_dtype
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import is_read, lowers
-
-aten = torch.ops.aten
 
 
 def _window(x, kernel, stride, padding, dilation, ceil_mode):

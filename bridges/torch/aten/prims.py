@@ -7,16 +7,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten import special
 from kpx.bridges.torch.aten.common import axes, sum_dtype
 from kpx.bridges.torch.aten.elementwise import division, remainder, sign
 from kpx.bridges.torch.aten.random import _draw, _normal
 from kpx.bridges.torch.dtypes import promote, to_jax
+from kpx.bridges.torch.operators import prims
 from kpx.bridges.torch.registry import lowers
-
-prims = torch.ops.prims
 
 
 def _divide(x, y):

@@ -13,9 +13,9 @@ from kpx.bridges.torch.aten import elementwise as e
 from kpx.bridges.torch.aten.common import is_float, sum_dtype
 from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 
-aten = torch.ops.aten
 _INT64_LIMIT = 2.0**63
 
 

@@ -7,15 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import is_complex, is_float
 from kpx.bridges.torch.aten.nn import scaled_dot_product_attention as _attention
 from kpx.bridges.torch.dtypes import to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
 
 
 def _dtype(dtype, like=None):

@@ -6,15 +6,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch.aten.common import axes, axis, is_complex, sum_dtype
 from kpx.bridges.torch.aten.scan import associative_scan
 from kpx.bridges.torch.dtypes import promote_to_float, to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 from kpx.kernels.norm import shifted
-
-aten = torch.ops.aten
 
 
 def summed(x, dtype):

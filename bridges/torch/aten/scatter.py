@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.common import axis, highest, lowest, sum_dtype
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
 
 
 def accumulated(at, how, values, dtype, **options):

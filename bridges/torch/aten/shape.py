@@ -11,10 +11,8 @@ import torch
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.special import cast
 from kpx.bridges.torch.dtypes import promote, to_jax
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers, memory_layout
-
-aten = torch.ops.aten
-
 
 # Views -----------------------------------------------------------------------------------------
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten.common import axis, is_float
 from kpx.bridges.torch.aten.scan import associative_scan
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
-
-aten = torch.ops.aten
 
 
 @lowers(aten.sort.default)

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.special as jsp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten.common import is_complex, is_float
 from kpx.bridges.torch.dtypes import promote, promote_to_float
+from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers
 
-aten = torch.ops.aten
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(160)
 
 

@@ -14,14 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 from kpx.bridges.torch.aten.common import axis, sum_dtype
+from kpx.bridges.torch.operators import aten, prims
 from kpx.bridges.torch.registry import lowers, memory_layout
 from kpx.errors import UnsupportedError
-
-aten, prims = torch.ops.aten, torch.ops.prims
-
 
 # Strides and memory ----------------------------------------------------------------------------
 
