@@ -2,6 +2,9 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Versions for development; of another Python or PyTorch: `make CONSTRAINTS=/dev/null`.
+CONSTRAINTS ?= $(CURDIR)/.ci/constraints.txt
+PIP := pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # A process a core, up to four, since each may hold a compiler; a file's tests stay together.
 PYTEST := pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 25
 
@@ -10,9 +13,9 @@ export KPX_PLUGINS ?= $(CURDIR)/.plugins
 
 .PHONY: demo test test-slow test-changed lint format skeletons wheel-test readme-test clean
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m $(PIP) --editable ".[dev]"
 	touch $@
 
 demo: .venv/.installed
@@ -63,7 +66,7 @@ wheel-test: .venv/.installed .plugins/.installed
 	rm -rf build dist .venv-wheel
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls $(CURDIR)/dist/*.whl)[test]"
+	.venv-wheel/bin/python -m $(PIP) "$$(ls $(CURDIR)/dist/*.whl)[test]"
 	outside=$$(mktemp -d) && cp -r tests bench pyproject.toml $$outside && cd $$outside && \
 	  $(CURDIR)/.venv-wheel/bin/$(PYTEST) tests/test_[a-f]*.py tests/test_[h-z]*.py tests/bridges/test_flax.py \
 	  tests/bridges/test_torch_doors.py tests/bridges/test_torch_module.py tests/hardware tests/observe \

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.kernels import patterns
 from kpx.kernels import registry as kernels
 from kpx.passes import fusion, skeletons
+from tests.optional import torch
 
 X, W = jax.ShapeDtypeStruct((4, 6, 32), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.float32)
 

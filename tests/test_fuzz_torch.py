@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from kpx.bridges.torch.registry import RULES
+from tests.optional import torch
 from tests.torch_fuzzing import SUMMED_ZERO, Case, Outcome, case_of, check, run, shrink
 from tests.torch_programs import Program
 

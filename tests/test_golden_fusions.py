@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 
 import kpx
 from bench.cases import CASES
 from bench.zoo_models import build
 from kpx.bridges.torch import functional
+from tests.optional import torch
 
 ATTENTION, WITH_GRADIENT = "kpx.attention", "kpx.attention and its gradient"
 CASE = {"minilm": 6, "bert": 2, "gpt2": 2, "llama": 2, "vit": 2, "resnet50": 0, "convnext": 0, "mlp": 0}

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.bridges.torch.tensors import to_array, to_tensor
 from kpx.hardware.target import platform_of
+from tests.optional import torch
 from tests.reference import assert_closer
 
 pytestmark = pytest.mark.gpu

@@ -4,9 +4,9 @@ import sys
 import textwrap
 
 import pytest
-import torch
 
 from bench import torch_mlir, torch_mlir_case
+from tests.optional import torch
 
 FILES = {
     "framework.py": """

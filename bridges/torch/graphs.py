@@ -151,10 +151,14 @@ class _Program:
         if self._unsaved is not None:  # what was measured as the fastest is saved
             place, self._unsaved = self._unsaved, None
             programs.save(*place, {"outputs": self._marked(), "program": self._call.saved()})
-        results = map(to_tensor, self._call([_tensor(args[i]) for i in self._inputs], held))
+        inputs = [_tensor(args[i]) for i in self._inputs]
+        # The program may still be running: `inputs` must live until `to_tensor` has waited for the results.
+        results = [to_tensor(r) for r in self._call(inputs, held)]
+        del inputs
         if self._gives_tensors:
-            return list(results)
-        return [next(results) if p is TENSOR else p for p in self._outputs]
+            return results
+        left = iter(results)
+        return [next(left) if p is TENSOR else p for p in self._outputs]
 
 
 def _cache_key(

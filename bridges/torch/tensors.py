@@ -51,6 +51,8 @@ class InputArrays:
     def __call__(self, tensor: torch.Tensor) -> jax.Array:
         """Return an array of a tensor's values, over its memory where that is contiguous and aligned.
 
+        The tensor must live until the results of the program have been waited for.
+
         Raises:
             InputError: the tensor is not a dense CPU tensor of a dtype JAX has.
         """

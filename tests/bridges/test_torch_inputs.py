@@ -1,6 +1,8 @@
 """Inputs of every kind: strides, empty and 0-d tensors, NaN, infinities, negative zero; and gradients that do not exist."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,3 +109,31 @@ def test_torch_xlas_stablehlo_comes_in():
     program = torch.export.export(torch.nn.ReLU(), (BASE,))
     function = load(stablehlo.exported_program_to_stablehlo(program).get_stablehlo_bytecode())
     np.testing.assert_allclose(function(jnp.asarray(BASE.numpy()))[0], BASE.relu().numpy())
+
+
+_ASYNCHRONOUS = """
+import jax, jax.numpy as jnp
+jnp.ones(3).block_until_ready()  # with a client of JAX's own, programs run in threads of their own
+import torch
+import kpx
+
+class Scales(torch.nn.Module):
+    def forward(self, x, a, b):
+        for _ in range(3):
+            x = torch.tanh(x @ x)
+        return x * a + b, x + b
+
+model = Scales()
+optimized = kpx.optimize(model)
+x = torch.randn(200, 200)
+for i in range(50):
+    got, expected = optimized(x, i % 7, i % 5), model(x, i % 7, i % 5)
+    for g, e in zip(got, expected):
+        torch.testing.assert_close(g, e, atol=1e-3, rtol=1e-3)
+print("the same")
+"""
+
+
+def test_numbers_live_until_a_program_that_runs_in_another_thread_has_read_them():
+    run = subprocess.run([sys.executable, "-c", _ASYNCHRONOUS], capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1:] == ["the same"], run.stderr[-2000:]

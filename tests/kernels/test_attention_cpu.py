@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.kernels import onednn, visible
 from kpx.kernels.attention_cpu import in_chunks
 from tests.kernels.attention_reference import arrays_of, banded, check, further
+from tests.optional import torch
 
 # Batch, heads, heads of keys, length, keys, size, and of values.
 SHAPES = {

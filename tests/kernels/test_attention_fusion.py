@@ -5,13 +5,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 
 import kpx
 from kpx.ir.rewrite import Fuel
 from kpx.kernels.attention import attention
 from kpx.passes.composites import Device
 from kpx.pipeline import Context, optimize_module
+from tests.optional import torch
 
 LENGTH = 1024
 TRITON_CALL = "__gpu$xla.gpu.triton"

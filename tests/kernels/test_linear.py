@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.kernels import linear, linear_gpu, linear_tpu
+from tests.optional import torch
 from tests.reference import assert_closer
 
 pytest.importorskip("triton")

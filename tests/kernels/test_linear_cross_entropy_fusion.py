@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -15,6 +14,7 @@ from kpx.bridges.torch import functional
 from kpx.kernels.linear_cross_entropy import chunked, linear_cross_entropy_kernel
 from kpx.passes import fusion
 from tests.devices import on_four
+from tests.optional import torch
 from tests.reference import assert_closer
 
 FORWARD, TRAINED = {"kpx.linear_cross_entropy": 1}, {"kpx.linear_cross_entropy and its gradient": 1}

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.kernels import mkl
+from tests.optional import torch
 
 needs_mkl = pytest.mark.skipif(not mkl.available(), reason=f"MKL's products cannot be called: {mkl.missing()}")
 tiles = pytest.mark.skipif("bf16_tiles" not in kpx.hardware.target.Target("cpu").features, reason="the CPU has no AMX")

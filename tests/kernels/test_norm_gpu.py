@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.bridges.torch import functional
@@ -14,6 +13,7 @@ from kpx.kernels import norm
 from kpx.kernels.norm_gpu import normalized
 from kpx.passes import fusion
 from tests.devices import on_four
+from tests.optional import torch
 from tests.reference import assert_closer
 
 pytest.importorskip("triton")

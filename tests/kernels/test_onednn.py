@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.hardware import cpu
 from kpx.kernels import onednn
 from kpx.kernels.attention import attention_kernel
 from kpx.kernels.attention_onednn import attention
+from tests.optional import torch
 from tests.reference import assert_closer
 
 pytestmark = pytest.mark.skipif(not onednn.available(), reason=f"oneDNN cannot be called: {onednn.missing()}")

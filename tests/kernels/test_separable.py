@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.kernels import separable, separable_gpu
+from tests.optional import torch
 from tests.reference import assert_closer
 
 pytest.importorskip("triton")

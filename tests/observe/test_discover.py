@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.cli import main
 from kpx.observe.discover import discover
+from tests.optional import torch
 
 ROWS, COLUMNS = 64, 256
 X, W = jax.ShapeDtypeStruct((ROWS, 128), jnp.float32), jax.ShapeDtypeStruct((128, COLUMNS), jnp.float32)

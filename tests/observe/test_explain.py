@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,6 +16,7 @@ from kpx.hardware.target import Target
 from kpx.ir.hlo_cost import Collective, Work
 from kpx.observe.explain import place
 from tests import intel
+from tests.optional import torch
 
 
 def _work(operation="jit(f)/dot_general", flops=0.0, moved=0.0, element="bf16", source=("", ""), **options):

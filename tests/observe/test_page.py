@@ -6,10 +6,10 @@ import subprocess
 
 import jax.numpy as jnp
 import pytest
-import torch
 
 import kpx
 from tests import intel
+from tests.optional import torch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="not run: no Chromium is installed")

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.cli import main
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
+from tests.optional import torch
 from tests.planting import plant
 
 

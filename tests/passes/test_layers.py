@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.hardware import cpu
@@ -11,6 +10,7 @@ from kpx.ir import module as m
 from kpx.kernels import onednn
 from kpx.passes import layers
 from kpx.passes.layers import Run, runs
+from tests.optional import torch
 from tests.reference import assert_closer
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason=f"oneDNN cannot be called: {onednn.missing()}")

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.kernels.attention import attention_kernel
 from kpx.passes import fusion
+from tests.optional import torch
 
 GROUP = 4
 

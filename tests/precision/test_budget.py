@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.errors import BudgetError, ConfigError
 from kpx.precision import Assignment, Budget, assign
 from kpx.precision.budget import BITS, METRICS, STRATEGIES
+from tests.optional import torch
 from tests.precision.test_precision import Layer, X
 
 DATA = [X, 1.1 * X]

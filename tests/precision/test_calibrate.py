@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.errors import ConfigError, InputError
 from kpx.precision import Calibration, Policy, calibrate
+from tests.optional import torch
 from tests.reference import distance
 
 

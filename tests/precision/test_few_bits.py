@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.passes import lowered_precision
 from kpx.precision import Policy, Rule, formats
+from tests.optional import torch
 from tests.reference import distance
 
 SCHEMES = ("fp8", "mxfp8", "mxfp4", "nvfp4")

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.errors import ConfigError
@@ -14,6 +13,7 @@ from kpx.ir.call import call_module
 from kpx.kernels import onednn, weights_only
 from kpx.passes.weights_only import quantized
 from kpx.precision import PRECISIONS, Policy, Rule
+from tests.optional import torch
 from tests.reference import assert_closer, distance
 
 HAS_INT8 = onednn.available() and cpu.has_int8_products()

@@ -5,13 +5,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kpx
 from bench.cases import CASES
 from kpx.hardware import worker
+from tests.optional import torch
 
 TARGETS = ["tpu-v5e:2x2", "tpu-v6e:2x2", "tpu-v5p:2x2x1", "tpu-v7x:2x2x1", "cuda:h100", "cuda:h200x8", "cuda:b200",
            "rocm:mi300x8", "cpu:avx2"]  # fmt: skip

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import kpx
 from kpx.ir import module as m
 from kpx.ir.module import stablehlo
 from kpx.runtime import choices, gate
+from tests.optional import torch
 from tests.planting import plant
 
 

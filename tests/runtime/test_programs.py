@@ -7,12 +7,12 @@ import sys
 import textwrap
 
 import pytest
-import torch
 
 import kpx
 from kpx.bridges.torch import ahead as bridge
 from kpx.bridges.torch.fingerprint import fingerprint
 from kpx.runtime import programs
+from tests.optional import torch
 
 
 class Model(torch.nn.Module):

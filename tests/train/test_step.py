@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 import kpx
 from kpx.train.model import adapted
 from kpx.train.remat import listed_layers, rematerialized
 from kpx.train.step import Step, split_rows
+from tests.optional import torch
 
 WIDTH, LAYERS = 16, 4
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 import kpx
 from kpx.errors import CheckpointError, CheckpointWarning, TrainingError
 from kpx.train import Trainer
 from tests.devices import on_four
+from tests.optional import torch
 
 
 def _loss(params, batch):
