@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import torch
 
 from kpx.bridges.torch import checks
 from kpx.bridges.torch.aten.special import cast
-from kpx.bridges.torch.dtypes import promote, to_jax
+from kpx.bridges.torch.dtypes import promote, to_jax, to_torch
 from kpx.bridges.torch.operators import aten
 from kpx.bridges.torch.registry import lowers, memory_layout
 
@@ -213,10 +211,9 @@ def arange(start, end, step=1, *, dtype=None, layout=None, device=None, pin_memo
     dtype = jnp.dtype(_factory_dtype(dtype, start, end, step))
     if not jnp.issubdtype(dtype, jnp.integer):
         return jnp.arange(start, end, step, dtype)
-    # PyTorch drops the fractions of what it steps by, and for int64 before it counts the steps.
-    first, stride = int(start), int(step)
-    steps = (int(end) - first) / stride if dtype == jnp.int64 else (end - start) / step
-    return first + stride * jnp.arange(math.ceil(steps), dtype=dtype)
+    # PyTorch drops the fractions of what it steps by; whether before it counts int64's steps depends on its version.
+    count = torch.arange(start, end, step, dtype=to_torch(dtype), device="meta").numel()
+    return int(start) + int(step) * jnp.arange(count, dtype=dtype)
 
 
 @lowers(aten.arange.default)
