@@ -208,7 +208,7 @@ class Segment:
         self.function = as_jax_function(graph)
         self.is_random = is_random(graph)
         self._programs: OrderedDict[Any, _Program] = OrderedDict()
-        self._fixed = not any(isinstance(v, (torch.SymInt, torch.SymFloat)) for v in values)
+        self._fixed = not any(map(_is_symbolic, values))
         self._loose = _numbers_beside_sizes(values)
         self._lock = threading.Lock()
         self._history = ShapeHistory(settings.label) if settings.history is None else None
@@ -254,6 +254,13 @@ class Segment:
             self._programs.popitem(last=False)
             give_back_freed()
         return program
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Return whether an input is a number that changes, or a tensor whose sizes do."""
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return isinstance(value, (torch.SymInt, torch.SymFloat))
 
 
 def _numbers_beside_sizes(values: Sequence[Any]) -> frozenset[int]:

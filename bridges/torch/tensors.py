@@ -41,12 +41,13 @@ class InputArrays:
     """JAX arrays over the memory of the tensors that one input of a program is given, made once for each address.
 
     PyTorch's allocator gives a loop's tensors a few addresses over and over. A kept array does not own its memory, so that
-    no tensor outlives its use; it is read only in calls with a tensor at that address. All tensors have one shape and dtype.
+    no tensor outlives its use; it is read only in calls with a tensor at that address, of the first tensor's shape and dtype.
     """
 
     def __init__(self, device: jax.Device):
         self._device = device
         self._arrays: dict[int, jax.Array] = {}
+        self._kind: tuple[torch.Size, torch.dtype] | None = None  # of what is kept
 
     def __call__(self, tensor: torch.Tensor) -> jax.Array:
         """Return an array of a tensor's values, over its memory where that is contiguous and aligned.
@@ -60,13 +61,21 @@ class InputArrays:
             array = self._arrays.get(tensor.data_ptr())
         except RuntimeError:  # a tensor of another layout, which has no address
             return to_array(tensor, self._device)
-        if array is None or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
+        if (
+            array is None
+            or (tensor.shape, tensor.dtype) != self._kind
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+            or tensor.is_conj()
+        ):
             return self._new(tensor)
         return array
 
     def _new(self, tensor: torch.Tensor) -> jax.Array:
         address = tensor.data_ptr()
         is_view = tensor.is_neg() or tensor.is_conj() or not tensor.is_contiguous()
+        self._kind = self._kind or (tensor.shape, tensor.dtype)
+        is_view = is_view or (tensor.shape, tensor.dtype) != self._kind
         if is_view or not address or address % _ALIGNED or type(tensor) not in _PLAIN or tensor.device.type != "cpu":
             return to_array(canonical(tensor), self._device)
         memory = (ctypes.c_char * tensor.nbytes).from_address(address)
